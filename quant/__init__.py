@@ -1,0 +1,1 @@
+"""Makes and judges GGUF files. Builds on `runtime`, knows nothing of screens."""

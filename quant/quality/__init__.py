@@ -1,0 +1,1 @@
+"""Judges a level: perplexity, divergence from the original, speed, size; and reports it."""

@@ -1,0 +1,1 @@
+"""Loads GGUF models and speaks their language. Knows nothing of quantizing or of screens."""

@@ -1,0 +1,167 @@
+"""What the engine's process and its owner say to each other: frozen values, picklable, without behaviour.
+
+Commands go down (`Load`, `Reply`, `Stop`, `Quit`), events come up. A load ends with `Loaded` or `Failed`; a reply ends
+with `Finished` or `Failed`. Knows nothing of how they travel (worker.py) or of what a screen makes of them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+StopReason = Literal["end", "length", "stopped", "context"]
+"""Why a reply ended: the model ended it, `max_tokens`, the user stopped it, or the context is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, as plain text. Text that spells a control token stays text."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 takes the likeliest token."""
+
+    temperature: float = 0.7
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    """Divides the logits of the last 64 tokens' ids; 1 is off."""
+    seed: int | None = None
+    """None draws a fresh seed for each reply."""
+    max_tokens: int | None = None
+    """None: until the model ends or the context is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How a model is loaded. The defaults suit a CPU and a small model."""
+
+    n_ctx: int
+    """Context in tokens."""
+    n_batch: int = 2048
+    """Most tokens in one decode call."""
+    n_ubatch: int = 512
+    """Most tokens computed at once."""
+    n_threads: int | None = None
+    """None: every core this process may use."""
+    kv_type: str = "f16"
+    """Type of the KV cache: f16, q8_0 or q4_0."""
+    n_gpu_layers: int = -1
+    """Layers off the CPU; -1 is all, 0 none."""
+    tensor_split: tuple[float, ...] | None = None
+    """Share of the layers per device; None leaves it to llama.cpp."""
+    rpc_servers: tuple[str, ...] = ()
+    """host:port of llama.cpp RPC devices. The protocol has no authentication."""
+    use_extra_bufts: bool = True
+    """CPU weight repacking. False avoids the AMX code that GCC 12 miscompiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Open a model file. Answered by `LoadProgress`…, then `Loaded` or `Failed`."""
+
+    path: Path
+    """The GGUF file, or its first shard."""
+    settings: EngineSettings
+    prompt: str
+    """How messages become ids: `mistral-v3`, `mistral-v7`, … or `template` for the GGUF's own Jinja template."""
+    tokenizer: Path | None = None
+    """The tokenizer file for a `mistral-…` prompt; None takes mistral-common's own for that version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer a conversation. Answered by `PromptProgress`…, `Piece`…, then `Finished` or `Failed`."""
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the reply or the load in progress; what was said so far stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """End the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """The share of the weights loaded, 0 to 1."""
+
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model is ready."""
+
+    description: str
+    """llama.cpp's description, such as "llama 13B Q4_K - Medium"."""
+    file_bytes: int
+    n_params: int
+    n_ctx: int
+    n_ctx_train: int
+    n_vocab: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """Tokens of the prompt read so far; `reused` of them were still in the KV cache."""
+
+    done: int
+    total: int
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next piece of the answer: whole UTF-8 characters, possibly several tokens."""
+
+    text: str
+    n_tokens: int
+    """Tokens of the answer so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete or was stopped."""
+
+    reason: StopReason
+    prompt_tokens: int
+    reused_tokens: int
+    answer_tokens: int
+    prompt_seconds: float
+    answer_seconds: float
+    context_used: int
+    """Positions of the KV cache in use now."""
+    n_ctx: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the answer, without the prompt."""
+        return self.answer_tokens / self.answer_seconds if self.answer_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request failed; the process lives on."""
+
+    message: str
+    """One line: what is wrong and what to do."""
+
+
+Command = Load | Reply | Stop | Quit
+LoadEvent = LoadProgress | Loaded
+ReplyEvent = PromptProgress | Piece | Finished
+Event = LoadProgress | Loaded | PromptProgress | Piece | Finished | Failed

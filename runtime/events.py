@@ -38,6 +38,21 @@ class Sampling:
     max_tokens: int | None = None
     """None: until the model ends or the context is full."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting outside its range."""
+        for name, low, high in (
+            ("temperature", 0.0, 10.0),
+            ("top_k", 0, 2**31 - 1),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repeat_penalty", 0.01, 10.0),
+            ("seed", 0, 2**32 - 1),
+            ("max_tokens", 1, 2**31 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:

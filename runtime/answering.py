@@ -1,0 +1,128 @@
+"""A conversation in, an answer out: joins the engine, the prompt format and the sampler.
+
+Takes `Load` and `Reply` commands, emits events, all in the calling thread. It knows nothing of processes: worker.py
+carries commands and events between processes, and only `stop` may be called from another thread.
+"""
+
+import codecs
+import time
+from collections.abc import Callable
+
+from runtime.engine import Engine
+from runtime.events import Event, Finished, Load, Loaded, LoadProgress, Piece, PromptProgress, Reply, StopReason
+from runtime.native_context import AbortedError
+from runtime.prompts import Prompter, prompter
+
+Emit = Callable[[Event], None]
+
+
+class Answerer:
+    """A loaded model and its prompt format."""
+
+    def __init__(self, engine: Engine, prompts: Prompter) -> None:
+        self._engine, self._prompts = engine, prompts
+
+    @classmethod
+    def load(cls, load: Load, emit: Emit, cancelled: Callable[[], bool]) -> "Answerer":
+        """Open the model, emitting progress and `Loaded`. Raises UserError; `cancelled` ends the load with one."""
+        started = time.monotonic()
+        last = -1.0
+
+        def progress(fraction: float) -> bool:
+            nonlocal last
+            if fraction - last >= 0.01 or fraction == 1:
+                last = fraction
+                emit(LoadProgress(fraction))
+            return not cancelled()
+
+        engine = Engine(load.path, load.settings, progress)
+        try:
+            prompts = prompter(
+                load.prompt, engine.vocabulary, template=engine.chat_template(), tokenizer=load.tokenizer
+            )
+        except BaseException:
+            engine.close()
+            raise
+        info = engine.info()
+        emit(
+            Loaded(
+                description=info.description,
+                file_bytes=info.tensor_bytes,
+                n_params=info.n_params,
+                n_ctx=engine.n_ctx,
+                n_ctx_train=info.n_ctx_train,
+                n_vocab=engine.vocabulary.n_tokens,
+                seconds=time.monotonic() - started,
+            )
+        )
+        return cls(engine, prompts)
+
+    def reply(self, reply: Reply, emit: Emit) -> None:
+        """Answer, emitting progress, pieces and `Finished`. Raises UserError; what was read stays in the KV cache."""
+        ids = self._prompts.encode(reply.messages)
+        started = time.monotonic()
+        reused = 0
+
+        def progress(done: int, total: int, kept: int) -> None:
+            nonlocal reused
+            reused = kept
+            emit(PromptProgress(done, total, kept))
+
+        reason: StopReason = "stopped"
+        n_answer = 0
+        try:
+            self._engine.read(ids, progress)
+            answering = time.monotonic()
+            reason, n_answer = self._draw(reply, emit)
+        except AbortedError:  # while the prompt was read
+            answering = time.monotonic()
+        emit(
+            Finished(
+                reason=reason,
+                prompt_tokens=len(ids),
+                reused_tokens=reused,
+                answer_tokens=n_answer,
+                prompt_seconds=answering - started,
+                answer_seconds=time.monotonic() - answering,
+                context_used=self._engine.context_used,
+                n_ctx=self._engine.n_ctx,
+            )
+        )
+
+    def _draw(self, reply: Reply, emit: Emit) -> tuple[StopReason, int]:
+        """Draw tokens until the answer ends; why it did, and how many there were."""
+        engine, vocabulary = self._engine, self._engine.vocabulary
+        engine.start_sampling(reply.sampling)
+        # SentencePiece writes the space before the first word into its token; an answer does not begin with a space.
+        strip_first = vocabulary.is_spm and reply.messages[-1].role != "assistant"
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+        reason: StopReason | None = None
+        n_answer = 0
+        while reason is None:
+            token = engine.next()
+            if vocabulary.ends_answer(token):
+                reason = "end"
+                break
+            n_answer += 1
+            text = decoder.decode(vocabulary.piece(token, strip_space=strip_first and n_answer == 1))
+            if text:
+                emit(Piece(text, n_answer))
+            if n_answer == reply.sampling.max_tokens:
+                reason = "length"
+            elif not engine.has_room():
+                reason = "context"
+            else:
+                try:
+                    engine.extend(token)
+                except AbortedError:
+                    reason = "stopped"
+        if rest := decoder.decode(b"", final=True):
+            emit(Piece(rest, n_answer))
+        return reason, n_answer
+
+    def stop(self, wanted: bool = True) -> None:
+        """End the reply in progress, or allow the next one. May be called from any thread."""
+        self._engine.abort(wanted)
+
+    def close(self) -> None:
+        self._engine.close()

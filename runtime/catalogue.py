@@ -1,0 +1,257 @@
+"""models.yaml → frozen values.
+
+Takes YAML text, gives a `Catalogue`; every key is checked once, here. An unknown key, level, preset or model is a
+`CatalogueError` that names the file, the key and the nearest known one. Knows nothing of what is on disk (library.py).
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.errors import CatalogueError
+from runtime.events import Sampling
+from runtime.levels import LEVELS, Shape
+
+PROMPTS = ("mistral-v1", "mistral-v3", "mistral-v7", "template")
+
+PRESETS = ("code", "factual", "creative")
+
+_PREFIXES = "KMGT"
+_UNITS = {"b": 1}
+_UNITS |= {f"{p.lower()}ib": 1024 ** (i + 1) for i, p in enumerate(_PREFIXES)}
+_UNITS |= {f"{p.lower()}b": 1000 ** (i + 1) for i, p in enumerate(_PREFIXES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """Under what terms the weights come."""
+
+    name: str
+    link: str | None = None
+    note: str | None = None
+    """One sentence shown before a download and by `bise models`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model known by name."""
+
+    key: str
+    """Its name on the command line."""
+    name: str
+    """Stem of its file names, and general.name in the GGUF."""
+    title: str
+    source: str
+    """`hub:OWNER/REPOSITORY`, `package:MODULE/PATH`, or a path."""
+    prompt: str
+    context: int
+    """Tokens the model was trained for."""
+    licence: Licence
+    tokenizer: str | None = None
+    levels: tuple[str, ...] = ()
+    """The levels it can be made at; none for a model that comes as GGUF."""
+    notice: str | None = None
+    shape: Shape | None = None
+    sampling: Mapping[str, Sampling] = field(default_factory=dict)
+    """Preset name → settings: code, factual, creative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine to plan for."""
+
+    key: str
+    title: str
+    devices: tuple[int, ...]
+    """Memory of each device in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Everything models.yaml says."""
+
+    models: Mapping[str, Model]
+    machines: Mapping[str, Machine]
+
+    def model(self, key: str) -> Model:
+        """The model of that name; raises CatalogueError with the nearest name."""
+        if key not in self.models:
+            raise CatalogueError(f"no model is called {key!r}{_nearest(key, self.models)}; `bise models` lists them")
+        return self.models[key]
+
+    def by_name(self, name: str) -> Model | None:
+        """The model whose file-name stem is `name`, in any case."""
+        return next((m for m in self.models.values() if m.name.lower() == name.lower()), None)
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as `80GiB`, `24 GB` or `512MiB` in bytes. Raises CatalogueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    unit = _UNITS.get(match[2] or "b") if match else None
+    if match is None or unit is None:
+        raise CatalogueError(f"{text!r} is not a size; write one such as 80GiB or 24GB")
+    return int(float(match[1]) * unit)
+
+
+def parse_levels(wanted: str | Iterable[str], known: tuple[str, ...] = LEVELS) -> tuple[str, ...]:
+    """`all`, or names separated by commas, in the order of `known`. Raises CatalogueError for an unknown level."""
+    names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    names = [name.strip().upper() for name in names if name.strip()]
+    if names == ["ALL"]:
+        return tuple(level for level in known if level in LEVELS)
+    for name in names:
+        if name not in known:
+            raise CatalogueError(f"{name!r} is not a level{_nearest(name, known)}; the levels are {', '.join(known)}")
+    if not names:
+        raise CatalogueError(f"no level given; the levels are {', '.join(known)}, or all")
+    return tuple(level for level in known if level in names)
+
+
+def load(shipped: Path, own: Path | None = None) -> Catalogue:
+    """Read the shipped models.yaml and, where it exists, the user's own on top of it. Raises CatalogueError."""
+    base = _read(shipped)
+    if own is None or not own.exists():
+        return base
+    return _read(own, base)
+
+
+def _read(path: Path, base: Catalogue | None = None) -> Catalogue:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CatalogueError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CatalogueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    node = _Node(path, "", tree if tree is not None else {})
+    node.only("sampling", "machines", "models")
+    shared = _presets(node.child("sampling")) if "sampling" in node else {}
+    machines = {key: _machine(key, n) for key, n in node.child("machines").items()} if "machines" in node else {}
+    models = {key: _model(key, n, shared) for key, n in node.child("models").items()} if "models" in node else {}
+    if base is not None:
+        machines, models = {**base.machines, **machines}, {**base.models, **models}
+    return Catalogue(models, machines)
+
+
+def _model(key: str, node: "_Node", shared: Mapping[str, Sampling]) -> Model:
+    node.only(*(f.name for f in fields(Model) if f.name != "key"))
+    prompt = node.text("prompt")
+    if prompt not in PROMPTS:
+        node.fail(
+            "prompt", f"{prompt!r} is not a prompt format{_nearest(prompt, PROMPTS)}; known: {', '.join(PROMPTS)}"
+        )
+    licence = node.child("licence")
+    licence.only(*(f.name for f in fields(Licence)))
+    levels: tuple[str, ...] = ()
+    if "levels" in node:
+        value = node.tree["levels"]
+        try:
+            levels = parse_levels(value if isinstance(value, str) else [str(v) for v in value])
+        except (CatalogueError, TypeError) as error:
+            node.fail("levels", str(error))
+    return Model(
+        key=key,
+        name=node.text("name"),
+        title=node.text("title"),
+        source=node.text("source"),
+        prompt=prompt,
+        context=node.number("context"),
+        licence=Licence(licence.text("name"), licence.optional("link"), licence.optional("note")),
+        tokenizer=node.optional("tokenizer"),
+        levels=levels,
+        notice=node.optional("notice"),
+        shape=_shape(node.child("shape")) if "shape" in node else None,
+        sampling={**shared, **(_presets(node.child("sampling")) if "sampling" in node else {})},
+    )
+
+
+def _shape(node: "_Node") -> Shape:
+    node.only(*(f.name for f in fields(Shape)))
+    tied = node.tree.get("tied", False)
+    if not isinstance(tied, bool):
+        node.fail("tied", f"must be true or false, not {tied!r}")
+    return Shape(**{f.name: node.number(f.name) for f in fields(Shape) if f.name != "tied"}, tied=tied)
+
+
+def _machine(key: str, node: "_Node") -> Machine:
+    node.only("title", "devices")
+    devices = node.tree.get("devices")
+    if not isinstance(devices, list) or not devices:
+        node.fail("devices", "must be a list of sizes such as [80GiB, 80GiB]")
+    return Machine(key, node.text("title"), tuple(parse_bytes(str(d)) for d in devices))
+
+
+def _presets(node: "_Node") -> dict[str, Sampling]:
+    node.only(*PRESETS)
+    return {key: _sampling(child) for key, child in node.items()}
+
+
+def _sampling(node: "_Node") -> Sampling:
+    node.only(*(f.name for f in fields(Sampling)))
+    for key, value in node.tree.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            node.fail(key, f"must be a number, not {value!r}")
+    try:
+        return Sampling(**node.tree)
+    except ValueError as error:
+        raise CatalogueError(f"{node.file}: {node.place}: {error}") from None
+
+
+class _Node:
+    """A mapping in the YAML tree that knows where it stands."""
+
+    def __init__(self, file: Path, place: str, tree: Any) -> None:
+        self.file, self.place = file, place
+        if not isinstance(tree, dict):
+            raise CatalogueError(f"{file}: {place or 'the file'} must be a mapping of keys to values, not {tree!r}")
+        self.tree: dict[str, Any] = {str(key): value for key, value in tree.items()}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tree
+
+    def fail(self, key: str, why: str) -> NoReturn:
+        raise CatalogueError(f"{self.file}: {self._path(key)}: {why}")
+
+    def only(self, *known: str) -> None:
+        for key in self.tree:
+            if key not in known:
+                self.fail(key, f"unknown key{_nearest(key, known)}; known: {', '.join(known)}")
+
+    def child(self, key: str) -> "_Node":
+        if key not in self.tree:
+            self.fail(key, "missing")
+        return _Node(self.file, self._path(key), self.tree[key])
+
+    def items(self) -> Iterable[tuple[str, "_Node"]]:
+        return [(key, self.child(key)) for key in self.tree]
+
+    def text(self, key: str) -> str:
+        value = self.optional(key)
+        if value is None:
+            self.fail(key, "missing")
+        return value
+
+    def optional(self, key: str) -> str | None:
+        value = self.tree.get(key)
+        if value is not None and not isinstance(value, str):
+            self.fail(key, f"must be text, not {value!r}")
+        return value
+
+    def number(self, key: str) -> int:
+        value = self.tree.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.fail(key, f"must be a whole number above 0, not {value!r}")
+        return value
+
+    def _path(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?` where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""

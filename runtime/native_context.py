@@ -1,0 +1,184 @@
+"""A llama.cpp context behind types: batches in, logits out, the KV cache, sampler chains, abort.
+
+Takes token ids, gives NumPy views and ids. Everything here must be called from one thread, but for `Context.abort`.
+Knows nothing of prompts, conversations or processes.
+"""
+
+import ctypes
+import ctypes.util
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError
+from runtime.events import Sampling
+from runtime.native import LOG, Model
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30, "f32": 0}
+"""Names of KV cache types → ggml_type (ggml.h)."""
+
+_PENALTY_WINDOW = 64
+_ABORTED = 2
+_NO_SLOT = 1
+
+
+class AbortedError(Exception):
+    """A decode was aborted on request; the positions already computed are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSettings:
+    """The shape of a context. Lengths in tokens."""
+
+    n_ctx: int
+    """Positions of the KV cache, over all sequences."""
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    n_outputs_max: int
+    """Most rows of logits one ubatch can give; 0 is n_batch."""
+    n_threads: int
+    kv_type: str
+
+
+class Context:
+    """The KV cache and compute buffers of one loaded model. Raises EngineError when they do not fit in memory."""
+
+    def __init__(self, model: Model, settings: ContextSettings) -> None:
+        if settings.kv_type not in KV_TYPES:
+            raise EngineError(f"{settings.kv_type!r} is not a KV cache type; known: {', '.join(KV_TYPES)}")
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = settings.n_ctx, settings.n_batch, settings.n_ubatch
+        params.n_seq_max, params.n_outputs_max = settings.n_seq_max, settings.n_outputs_max
+        params.n_threads = params.n_threads_batch = settings.n_threads
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+        params.no_perf = True
+        # The flag is read by llama.cpp between graph nodes. A Python callback there would take the interpreter's lock
+        # hundreds of times a token; libc's atoi on one byte we own answers 0 or 1 without it.
+        self._abort_flag = ctypes.create_string_buffer(b"0")
+        atoi = ctypes.cast(ctypes.CDLL(None).atoi, ctypes.c_void_p)
+        params.abort_callback = ctypes.cast(atoi, lib.ggml_abort_callback)
+        params.abort_callback_data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
+        self._settings = settings
+        self._n_vocab = model.vocabulary.n_tokens
+        LOG.clear()
+        self._context = lib.llama_init_from_model(model.pointer, params)
+        if not self._context:
+            cause = (LOG.errors() or ["unknown cause"])[0]
+            raise EngineError(
+                f"a context of {settings.n_ctx} tokens with a {settings.kv_type} KV cache does not fit ({cause}); "
+                "take a smaller --context or a smaller --kv"
+            )
+        self._memory = lib.llama_get_memory(self._context)
+        self._batch = lib.llama_batch_init(settings.n_batch, 0, 1)
+        self._tokens = _view(self._batch.token, settings.n_batch)
+        self._positions = _view(self._batch.pos, settings.n_batch)
+        self._outputs = _view(self._batch.logits, settings.n_batch)
+        for i in range(settings.n_batch):
+            self._batch.n_seq_id[i] = 1
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions the KV cache really has (llama.cpp rounds up)."""
+        return int(lib.llama_n_ctx(self._context))
+
+    def decode(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.int8],
+    ) -> None:
+        """Compute one batch of at most n_batch tokens; row i is asked for where `outputs[i]` is not 0. All are (T,).
+
+        Raises AbortedError, or EngineError when the KV cache is full.
+        """
+        n = len(tokens)
+        assert 0 < n <= self._settings.n_batch, (n, self._settings.n_batch)
+        self._tokens[:n], self._positions[:n], self._outputs[:n] = tokens, positions, outputs
+        for i, sequence in enumerate(sequences.tolist()):
+            self._batch.seq_id[i][0] = sequence
+        self._batch.n_tokens = n
+        LOG.clear()
+        status = lib.llama_decode(self._context, self._batch)
+        if status == _ABORTED:
+            raise AbortedError
+        if status == _NO_SLOT:
+            raise EngineError(
+                f"the KV cache of {self.n_ctx} tokens is full; start a new conversation or raise --context"
+            )
+        if status != 0:
+            cause = (LOG.errors() or ["no reason given"])[-1]
+            raise EngineError(f"llama_decode failed with {status} on {n} tokens: {cause}")
+
+    def logits(self, n_outputs: int) -> NDArray[np.float32]:
+        """Rows asked for in the last decode, (n_outputs, n_vocab): a view that the next decode overwrites."""
+        pointer = lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, (n_outputs, self._n_vocab))
+
+    def forget(self, sequence: int, from_position: int) -> bool:
+        """Drop a sequence's positions from there on; False where the model's memory cannot (it is then unchanged)."""
+        return bool(lib.llama_memory_seq_rm(self._memory, sequence, from_position, -1))
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        lib.llama_memory_clear(self._memory, False)
+
+    def length(self, sequence: int) -> int:
+        """Positions a sequence has in the KV cache."""
+        return int(lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def abort(self, wanted: bool = True) -> None:
+        """Ask the running decode to end, or take it back. May be called from any thread."""
+        self._abort_flag[0] = b"1" if wanted else b"0"
+
+    def sample(self, chain: "SamplerChain") -> int:
+        """Draw from the last row of the last decode, and tell the chain what was drawn."""
+        return int(lib.llama_sampler_sample(chain.pointer, self._context, -1))
+
+    def close(self) -> None:
+        if self._context is not None:
+            lib.llama_batch_free(self._batch)
+            lib.llama_free(self._context)
+            self._context = None
+
+
+class SamplerChain:
+    """Settings → llama.cpp's samplers, in its default order: penalties, top-k, top-p, min-p, temperature, draw.
+
+    Order: llama.cpp 0c1e57098, common/common.h `common_params_sampling.samplers`.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int, n_vocab: int) -> None:
+        self.pointer: Any = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if sampling.repeat_penalty != 1.0:
+            self._add(lib.llama_sampler_init_penalties(n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0))
+        if sampling.temperature <= 0:
+            self._add(lib.llama_sampler_init_greedy())
+            return
+        if sampling.top_k > 0:
+            self._add(lib.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1:
+            self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p > 0:
+            self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(lib.llama_sampler_init_temp(sampling.temperature))
+        self._add(lib.llama_sampler_init_dist(seed))
+
+    def _add(self, sampler: Any) -> None:
+        if not sampler:
+            raise EngineError("llama.cpp refused a sampler; check the sampling settings")
+        lib.llama_sampler_chain_add(self.pointer, sampler)
+
+    def close(self) -> None:
+        if self.pointer is not None:
+            lib.llama_sampler_free(self.pointer)
+            self.pointer = None
+
+
+def _view(pointer: Any, n: int) -> NDArray[Any]:
+    """A batch's field as an array of its n elements."""
+    return np.ctypeslib.as_array(pointer, (n,))

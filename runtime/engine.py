@@ -8,6 +8,7 @@ as llama-perplexity batches them. Only `abort` may be called from another thread
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from runtime.errors import EngineError
 from runtime.events import EngineSettings, Sampling
-from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels, register_rpc
+from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings, SamplerChain
+from runtime.native_devices import register_rpc
 
 
 def n_cores() -> int:
@@ -31,8 +33,6 @@ def survivable(settings: EngineSettings) -> EngineSettings:
     none. `bise doctor` says how to rebuild.
     """
     if settings.use_extra_bufts and has_amx_kernels():
-        from dataclasses import replace
-
         return replace(settings, use_extra_bufts=False)
     return settings
 

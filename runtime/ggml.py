@@ -1,8 +1,8 @@
 """ggml's tensor types and its quantizing kernels, by ctypes, from the library that llama-cpp-python brings.
 
 Takes and gives contiguous numpy arrays: float32 rows (rows, row_length) in, the bytes of their blocks out. ctypes
-releases the GIL, so threads run these functions side by side. The library is opened at the first call, without importing
-`llama_cpp`. Knows nothing of files, models or levels.
+releases the GIL, so threads run these functions side by side. The library is opened at the first call, and
+`llama_cpp` is not imported for it. Knows nothing of files, models or levels.
 
 Source: ggml/include/ggml.h and gguf.h of llama.cpp, commit 0c1e57098.
 """

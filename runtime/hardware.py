@@ -1,19 +1,14 @@
-"""Devices and their memory, as ggml sees them, and the host's own.
+"""Devices, the host's memory and processor, and wishes such as `80GiB,80GiB`.
 
-Takes nothing or a wish such as `80GiB,80GiB`, gives `Device` values in bytes. Asking ggml loads its backends (on a CUDA
-build, the driver too). Knows nothing of models.
+Gives bytes and names. What ggml says of the devices that are here comes from native_devices.py.
 """
 
-import ctypes
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.catalogue import parse_bytes
-from runtime.errors import CatalogueError, EngineError
-
-_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}  # enum ggml_backend_dev_type, ggml-backend.h
+from runtime.errors import CatalogueError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,40 +22,6 @@ class Device:
     """cpu, gpu, igpu or accel."""
     memory_free: int
     memory_total: int
-
-
-def devices() -> tuple[Device, ...]:
-    """Every device of the installed build, the CPU among them. Raises EngineError without llama-cpp-python."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise EngineError("llama-cpp-python is not installed; run `make setup`")
-    folder = Path(spec.origin).parent / "lib"
-    base = ctypes.CDLL(str(folder / "libggml-base.so"))
-    ggml = ctypes.CDLL(str(folder / "libggml.so"))
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
-    ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
-        getattr(base, name).restype = ctypes.c_char_p
-        getattr(base, name).argtypes = [ctypes.c_void_p]
-    base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-    base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    base.ggml_backend_dev_memory.restype = None
-    found = []
-    for i in range(ggml.ggml_backend_dev_count()):
-        pointer = ggml.ggml_backend_dev_get(i)
-        free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
-        base.ggml_backend_dev_memory(pointer, ctypes.byref(free), ctypes.byref(total))
-        found.append(
-            Device(
-                name=base.ggml_backend_dev_name(pointer).decode(),
-                description=base.ggml_backend_dev_description(pointer).decode(),
-                kind=_KINDS.get(base.ggml_backend_dev_type(pointer), "other"),
-                memory_free=free.value,
-                memory_total=total.value,
-            )
-        )
-    return tuple(found)
 
 
 def parse_devices(text: str) -> tuple[int, ...]:

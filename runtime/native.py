@@ -10,7 +10,7 @@ import, because a wheel of another version would corrupt memory instead of faili
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import EngineSettings
-
-SUPPORTED_VERSION = "0.3.36"
+from runtime.wheel import VERSION as WHEEL_VERSION
 
 _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # ggml.h, enum ggml_log_level
 
@@ -62,7 +61,7 @@ def _start() -> _Log:
         if actual != expected:
             raise EngineError(
                 f"llama-cpp-python's {name} has {actual} bytes, not {expected}: this is not version "
-                f"{SUPPORTED_VERSION}; run `make setup` again"
+                f"{WHEEL_VERSION}; run `make setup` again"
             )
     log = _Log()
     lib.llama_backend_init()
@@ -99,11 +98,6 @@ def supports_gpu() -> bool:
 def supports_rpc() -> bool:
     """Whether the build has the RPC backend."""
     return bool(lib.llama_supports_rpc())
-
-
-def library_folder() -> Path:
-    """Where the wheel's shared libraries lie."""
-    return Path(str(lib.__file__)).parent / "lib"
 
 
 class Vocabulary:
@@ -270,29 +264,3 @@ def _load_error(path: Path) -> Exception:
     if "not within the file bounds" in text or "corrupted" in text:
         return ModelFileError(f"{path}: cut off or damaged ({cause}); copy it again or remake it with `bise quantize`")
     return ModelFileError(f"{path}: llama.cpp cannot load it: {cause}")
-
-
-def register_rpc(servers: Sequence[str]) -> None:
-    """Make llama.cpp RPC servers (host:port) devices of this process. The protocol has no authentication.
-
-    Upstream's order (llama.cpp 0c1e57098, common/arg.cpp `add_rpc_devices`): add the server, register it, then load.
-    """
-    if not servers:
-        return
-    if not supports_rpc():
-        raise EngineError("this build of llama-cpp-python has no RPC backend; run `make setup` again")
-    ggml = ctypes.CDLL(str(library_folder() / "libggml.so"))
-    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
-    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
-    base.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
-    base.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    address = base.ggml_backend_reg_get_proc_address(
-        ggml.ggml_backend_reg_by_name(b"RPC"), b"ggml_backend_rpc_add_server"
-    )
-    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
-    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    for server in servers:
-        device = add_server(server.encode())
-        if not device:
-            raise EngineError(f"no llama.cpp RPC server answers at {server}; start one there or leave it out")
-        ggml.ggml_backend_register(device)

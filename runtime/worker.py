@@ -9,6 +9,7 @@ the handle can then be started again.
 import contextlib
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from runtime.events import Command, Event, Failed, Load, Quit, Reply, Stop
 
 _QUIT_SECONDS = 3.0
 _LAST_WORDS_BYTES = 4096
+
+_ABORT = re.compile(r"^\S*\.(?:c|cpp|cu|h):\d+: ")  # ggml_abort's prefix: the source file and line
 
 _CAUSES = {
     signal.SIGKILL: "killed from outside, or the machine ran out of memory",
@@ -46,6 +49,7 @@ class Worker:
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
             stderr=self._stderr,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # on a failed assertion ggml would start gdb
         )
         theirs.close()
         self._connection = Connection(ours.detach())
@@ -112,8 +116,8 @@ class Worker:
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _LAST_WORDS_BYTES))
         lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        assertion = next((line for line in lines if "GGML_ASSERT" in line or "CUDA error" in line), None)
-        return assertion or (lines[-1] if lines else "")
+        abort = next((line for line in lines if _ABORT.search(line)), None)
+        return _ABORT.sub("", abort) if abort else (lines[-1] if lines else "")
 
 
 class _Inbox:

@@ -1,0 +1,433 @@
+"""The chat: a transcript, a composer and what stands around them.
+
+Takes a `Talker` and a `History` and holds the path of turns that is shown. The talker's generators run in threads,
+which post each event to the screen; the history is used from the screen's own thread alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from rich.text import Text
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.message import Message as Posted
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Footer, Markdown
+
+from runtime.errors import UserError, WorkerDiedError
+from runtime.events import (
+    Finished,
+    Loaded,
+    LoadEvent,
+    LoadProgress,
+    Message,
+    Piece,
+    PromptProgress,
+    ReplyEvent,
+    Sampling,
+)
+from tui.history import History, Turn
+from tui.screens.conversations import ConversationsScreen
+from tui.screens.live import UNSAVED, LiveAnswer
+from tui.screens.system_prompt import SystemPromptScreen
+from tui.talker import Talker, messages_for
+from tui.widgets.composer import Composer
+from tui.widgets.lines import ProgressLine, StatusLine, TitleLine
+from tui.widgets.printable import one_line, printable
+from tui.widgets.transcript import WINDOW, Transcript
+from tui.widgets.turns import AnswerTurn
+
+RELOAD = "F5 loads the model again"
+PAINT_SECONDS = 0.04
+"""A growing answer is painted at most this often."""
+SAVE_SECONDS = 2.0
+"""A growing answer is saved this often; what came after the last time is all that a killed program loses."""
+
+
+class State(Enum):
+    """What the talker is doing, in the word the title line shows."""
+
+    LOADING = "loading"
+    READY = "ready"
+    ANSWERING = "answering"
+    STOPPING = "stopping"
+    DOWN = "not loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """The model that answers."""
+
+    title: str
+    """Its name for people."""
+    model: str
+    """Its key, saved with each answer."""
+    level: str | None = None
+
+
+class ChatScreen(Screen[None]):
+    """One conversation at a time with one talker."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "stop", "Stop"),
+        Binding("ctrl+n", "new", "New"),
+        Binding("f2,ctrl+o", "conversations", "Open"),
+        Binding("f5", "reload", "Reload"),
+        Binding("f3,ctrl+s", "system", "System"),
+        Binding("f4", "preset", "Preset"),
+        Binding("ctrl+r", "again", "Again"),
+        Binding("ctrl+e", "edit", "Edit"),
+        # TextArea has keys of its own for these two.
+        Binding("ctrl+y", "copy_answer", "Copy", priority=True),
+        Binding("ctrl+c", "interrupt", show=False, priority=True),
+    ]
+
+    @dataclass
+    class LoadNews(Posted):
+        """The loading thread got `event`, or ended in `error`."""
+
+        event: LoadEvent | UserError
+
+    @dataclass
+    class ReplyNews(Posted):
+        """The reply's thread got `event`, or ended in `error`."""
+
+        event: ReplyEvent | UserError
+
+    def __init__(
+        self,
+        talker: Talker,
+        history: History,
+        *,
+        speaker: Speaker,
+        notice: str | None,
+        system: str | None,
+        presets: Mapping[str, Sampling],
+        preset: str,
+        conversation: int | None,
+    ) -> None:
+        super().__init__()
+        self._talker = talker
+        self._history = history
+        self._speaker = speaker
+        self._notice = notice
+        self._default_system = self._system = system
+        self._presets = presets
+        self._preset = preset
+        self._conversation = conversation
+        self._path: list[Turn] = []
+        """The turns shown, first to last, without an answer that still grows."""
+        self._editing = False
+        """The saved path goes on where the shown one was cut off to edit a message."""
+        self._live: LiveAnswer | None = None
+        self._growing: AnswerTurn
+        self._saver: Timer
+        self._painter: Timer | None = None
+        self._state = State.DOWN
+        self._n_ctx: int | None = None
+
+    def compose(self) -> ComposeResult:
+        name = " · ".join(filter(None, [self._speaker.title, self._speaker.level]))
+        yield TitleLine(name)
+        yield Transcript(model=self._speaker.model, speaker=self._speaker.title, notice=self._notice)
+        yield ProgressLine()
+        yield Composer(placeholder="Write a message")
+        yield StatusLine()
+        yield Footer(show_command_palette=False, compact=True)
+
+    async def on_mount(self) -> None:
+        self.query_one(StatusLine).show_preset(self._preset)
+        self.query_one(Composer).focus()
+        await self._show(self._conversation)
+        self._load()
+
+    def on_unmount(self) -> None:
+        """Whatever ends the program, what was said stays."""
+        if self._live is not None:
+            try:
+                self._live.stop = "stopped"
+                self._live.save()
+            except UserError as error:
+                self.app.exit(return_code=1, message=Text(str(error)))
+
+    # The state
+
+    def _enter(self, state: State, detail: str = "") -> None:
+        self._state = state
+        self.query_one(TitleLine).show(f"{state.value} {detail}".rstrip())
+        self.refresh_bindings()
+
+    def check_action(self, action: str, _parameters: tuple[object, ...]) -> bool | None:
+        """Offer only what the state allows; hidden keys do nothing."""
+        answering = self._live is not None
+        match action:
+            case "stop":
+                return self._state is State.ANSWERING or self._editing
+            case "new" | "conversations" | "system" | "preset":
+                return not answering
+            case "again":
+                return self._state is State.READY and bool(self._path) and not self._editing
+            case "edit":
+                return not answering and bool(self._path) and not self._editing
+            case "reload":
+                return self._state is State.DOWN
+        return True
+
+    # Loading
+
+    def action_reload(self) -> None:
+        self._load()
+
+    def on_fault_chosen(self) -> None:
+        if self._state is State.DOWN:
+            self._load()
+
+    def _load(self) -> None:
+        self._enter(State.LOADING)
+        self._run_load()
+
+    @work(thread=True, group="talker")
+    def _run_load(self) -> None:
+        try:
+            for event in self._talker.load():
+                self.post_message(self.LoadNews(event))
+        except UserError as error:
+            self.post_message(self.LoadNews(error))
+
+    async def on_chat_screen_load_news(self, news: LoadNews) -> None:
+        progress = self.query_one(ProgressLine)
+        match news.event:
+            case LoadProgress(fraction):
+                progress.show("Loading the model", fraction, f"{fraction:4.0%}")
+            case Loaded() as loaded:
+                progress.hide()
+                await self.query_one(Transcript).remove_faults()
+                self._n_ctx = loaded.n_ctx
+                self.query_one(StatusLine).show_context(None, loaded.n_ctx)
+                self._enter(State.READY)
+                self.query_one(Composer).focus()
+            case UserError() as error:
+                progress.hide()
+                self._enter(State.DOWN)
+                await self.query_one(Transcript).add_fault(str(error), RELOAD)
+
+    # Asking and answering
+
+    async def on_composer_sent(self, sent: Composer.Sent) -> None:
+        if self._state is not State.READY:
+            self._hint(
+                {State.LOADING: "The model is still loading.", State.DOWN: f"{RELOAD}."}.get(
+                    self._state, "Escape stops the answer first."
+                )
+            )
+            return
+        try:
+            if self._conversation is None:
+                self._conversation = self._history.create(model=self._speaker.model, system=self._system)
+            turn = self._history.append(self._conversation, self._tip, "user", sent.text)
+        except UserError as error:
+            await self._fault(error)
+            return
+        self.query_one(Composer).clear()
+        self._editing = False
+        transcript = self.query_one(Transcript)
+        if transcript.n_turns >= 2 * WINDOW:
+            await transcript.show(self._path, self._system)
+        self._path.append(turn)
+        await transcript.add(turn)
+        await self._answer()
+
+    @property
+    def _tip(self) -> int | None:
+        """The last turn of the path that could be saved."""
+        return next((turn.id for turn in reversed(self._path) if turn.id != UNSAVED), None)
+
+    async def _answer(self) -> None:
+        """Have the talker answer the path, which ends with the user."""
+        assert self._conversation is not None  # a path is in a conversation
+        self._live = LiveAnswer(
+            self._history, self._conversation, self._tip, model=self._speaker.model, level=self._speaker.level
+        )
+        self._growing = await self.query_one(Transcript).add_growing(self._live.turn)
+        self._saver = self.set_interval(SAVE_SECONDS, self._save)
+        self._enter(State.ANSWERING)
+        self._run_reply(messages_for(self._system, self._path), self._presets[self._preset])
+
+    @work(thread=True, group="talker")
+    def _run_reply(self, messages: Sequence[Message], sampling: Sampling) -> None:
+        try:
+            for event in self._talker.reply(messages, sampling):
+                self.post_message(self.ReplyNews(event))
+        except UserError as error:
+            self.post_message(self.ReplyNews(error))
+
+    async def on_chat_screen_reply_news(self, news: ReplyNews) -> None:
+        live = self._live
+        assert live is not None  # it ends with the thread's last event
+        match news.event:
+            case PromptProgress(done, total, reused):
+                self._enter(self._state, f"· reading {done:,}/{total:,} tokens, {reused:,} reused")
+            case Piece() as piece:
+                if not live.text:
+                    self._enter(self._state)
+                live.hear(piece)
+                if self._painter is None:
+                    self._painter = self.set_timer(PAINT_SECONDS, self._paint)
+            case Finished() as finished:
+                live.end(finished)
+                await self._finish(live)
+                self._enter(State.READY)
+                self.query_one(StatusLine).show_context(finished.context_used, finished.n_ctx)
+            case UserError() as error:
+                await self._finish(live)
+                died = isinstance(error, WorkerDiedError)
+                self._enter(State.DOWN if died else State.READY)
+                await self._fault(error, RELOAD if died else None)
+        if self._state is State.STOPPING:
+            # The first request had no effect where it came before the reply had begun.
+            self._talker.stop()
+
+    async def _paint(self) -> None:
+        self._painter = None
+        if self._live is not None:
+            await self._live.paint(self._growing)
+            self.query_one(StatusLine).show_answer(self._live.n_tokens, self._live.tokens_per_second)
+
+    async def _save(self) -> None:
+        if self._live is not None:
+            try:
+                self._live.save()
+            except UserError as error:
+                self._saver.stop()  # one line is enough
+                await self._fault(error)
+
+    async def _finish(self, live: LiveAnswer) -> None:
+        """Keep what was said of an answer that ended, in whatever way."""
+        self._saver.stop()
+        await self._save()
+        await self._paint()
+        self._live = None
+        if live.text:
+            self._path.append(live.turn)
+            await self._growing.finish(live.turn)
+            return
+        await self._growing.remove()
+        if live.stop == "end":
+            self._hint("The model had nothing to say.")
+
+    # What the keys do
+
+    async def action_stop(self) -> None:
+        """Stop the answer; else give up editing."""
+        if self._live is not None:
+            self._enter(State.STOPPING)
+            self._talker.stop()
+        elif self._editing:
+            await self._show(self._conversation)
+
+    async def action_interrupt(self) -> None:
+        if self._live is not None:
+            await self.action_stop()
+        elif text := self.query_one(Composer).selected_text or self.get_selected_text():
+            self._copy(text)
+        else:
+            self._hint("Ctrl+Q quits.")
+
+    def action_copy_answer(self) -> None:
+        answer = next((turn.content for turn in reversed(self._path) if turn.role == "assistant"), None)
+        if answer is None:
+            self._hint("There is no answer to copy yet.")
+        else:
+            self._copy(answer)
+
+    def on_markdown_link_clicked(self, event: Markdown.LinkClicked) -> None:
+        self._copy(printable(event.href))
+
+    async def action_again(self) -> None:
+        """Answer the last message once more; the old answer stays in the history, on a branch of its own."""
+        if self._path[-1].role == "assistant":
+            await self.query_one(Transcript).remove_from(self._path.pop())
+        await self.query_one(Transcript).remove_faults()
+        await self._answer()
+
+    async def action_edit(self) -> None:
+        """Take the last message back into the composer. Sent, it begins a branch; Escape leaves all as it was."""
+        index = max(index for index, turn in enumerate(self._path) if turn.role == "user")
+        turn = self._path[index]
+        await self.query_one(Transcript).remove_from(turn)
+        del self._path[index:]
+        self._editing = True
+        self.refresh_bindings()
+        self.query_one(Composer).write(turn.content)
+
+    async def action_new(self) -> None:
+        await self._show(None)
+
+    @work
+    async def action_conversations(self) -> None:
+        chosen = await self.app.push_screen_wait(ConversationsScreen(self._history))
+        try:
+            saved = {conversation.id for conversation in self._history.conversations()}
+        except UserError as error:
+            await self._fault(error)
+            return
+        if chosen is not None:
+            await self._show(chosen)
+        elif self._conversation is not None and self._conversation not in saved:
+            await self._show(None)
+
+    @work
+    async def action_system(self) -> None:
+        text = await self.app.push_screen_wait(SystemPromptScreen(self._system or ""))
+        if text is None:
+            return
+        self._system = text or None
+        self.query_one(Transcript).show_system(self._system)
+        if self._conversation is not None:
+            try:
+                self._history.set_system(self._conversation, self._system)
+            except UserError as error:
+                await self._fault(error)
+
+    def action_preset(self) -> None:
+        """Go to the next sampling preset; it holds from the next answer on."""
+        names = list(self._presets)
+        self._preset = names[(names.index(self._preset) + 1) % len(names)]
+        self.query_one(StatusLine).show_preset(self._preset)
+
+    def action_scroll_transcript(self, pages: int) -> None:
+        transcript = self.query_one(Transcript)
+        transcript.scroll_relative(y=pages * max(transcript.size.height - 2, 1), animate=False)
+
+    # What the others share
+
+    async def _show(self, conversation: int | None) -> None:
+        """Go to a saved conversation, or begin one."""
+        system, path = self._default_system, []
+        if conversation is not None:
+            try:
+                system, path = self._history.conversation(conversation).system, self._history.messages(conversation)
+            except UserError as error:
+                await self._fault(error)
+                return
+        if self._editing:
+            self.query_one(Composer).clear()
+        self._conversation, self._system, self._path, self._editing = conversation, system, path, False
+        await self.query_one(Transcript).show(path, system)
+        self.query_one(StatusLine).clear()
+        self.query_one(Composer).focus()
+        self.refresh_bindings()
+
+    async def _fault(self, error: UserError, remedy: str | None = None) -> None:
+        await self.query_one(Transcript).add_fault(str(error), remedy)
+
+    def _hint(self, text: str) -> None:
+        self.notify(text, markup=False, timeout=3)
+
+    def _copy(self, text: str) -> None:
+        self.app.copy_to_clipboard(text)
+        self._hint(f"Copied: {one_line(text)[:40]}")

@@ -1,0 +1,52 @@
+"""What the chat needs of a model: the one boundary between the screens and inference.
+
+`runtime.session.Session` is one such talker, the `FakeEngine` of the tests another. The generators block, so the chat
+runs them in threads; it never runs two at once.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from runtime.events import LoadEvent, Message, ReplyEvent, Sampling
+from tui.history import Turn
+
+
+class Talker(Protocol):
+    """Loads a model and answers conversations."""
+
+    def load(self) -> Iterator[LoadEvent]:
+        """Load the model: `LoadProgress`…, then `Loaded`. Called again after the engine died, starts a new one.
+
+        Raises `UserError`; no model is loaded then.
+        """
+        ...
+
+    def reply(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ReplyEvent]:
+        """Answer the last message: `PromptProgress`…, `Piece`…, then `Finished`.
+
+        Raises `UserError`. After a `WorkerDiedError` the model must be loaded again, after others it need not.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End the reply in progress, which then ends with `Finished("stopped")`. Returns at once; for any thread."""
+        ...
+
+    def close(self) -> None:
+        """End the engine and whatever generator is in progress. For any thread, any number of times."""
+        ...
+
+
+def messages_for(system: str | None, turns: Iterable[Turn]) -> list[Message]:
+    """What is said to the talker: the system prompt, if any, then users and answers in alternation.
+
+    An answer that was stopped before its first word leaves two messages of the user's in a row. Most chat templates
+    refuse that, so they become one, with an empty line between.
+    """
+    messages = [Message("system", system)] if system else []
+    for turn in turns:
+        if messages and messages[-1].role == turn.role:
+            messages[-1] = Message(turn.role, f"{messages[-1].content}\n\n{turn.content}")
+        else:
+            messages.append(Message(turn.role, turn.content))
+    return messages

@@ -145,8 +145,8 @@ class TemplatePrompter:
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._vocabulary.tokenize(text)
 
     def _marks_turns(self, token: str) -> bool:
-        """Whether a token that the template writes is a user-defined one with a meaning: no whitespace, no letter."""
-        return self._ids[token] in self._user_defined and len(token) > 1 and not token.isspace()
+        """Whether a token that the template writes is a user-defined one with a meaning, more than a letter."""
+        return self._ids[token] in self._user_defined and len(token) > 1
 
     def _strips_of(self, token: str) -> tuple[bool, bool]:
         """Whether llama.cpp drops whitespace before and behind a token, as it does for Phi-3. Not in its API: asked."""

@@ -200,12 +200,14 @@ def test_short_conversations_written_by_hand(demo: Vocabulary, large_v7: Vocabul
     ]
 
 
-def test_mistral_version_comes_from_the_format_not_from_the_file_name(demo: Vocabulary, tmp_path: Path) -> None:
-    named_v7 = tmp_path / "tokenizer.model.v7"
-    named_v7.write_bytes(DEMO_TOKENIZER.read_bytes())
-    talk = TALKS[1]
-    ids = mistral("mistral-v3", demo, named_v7).encode(talk)
-    assert ids == mistral("mistral-v3", demo, DEMO_TOKENIZER).encode(talk)
+@pytest.mark.parametrize("name", ["tokenizer.model.v7", "large.spm"])
+def test_mistral_version_comes_from_the_format_not_from_the_file_name(
+    name: str, demo: Vocabulary, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(DEMO_TOKENIZER.read_bytes())
+    ids = mistral("mistral-v3", demo, path).encode(TALKS[1])
+    assert ids == mistral("mistral-v3", demo, DEMO_TOKENIZER).encode(TALKS[1])
     assert controls(demo, ids) == [1, 3, 4]
 
 
@@ -399,6 +401,8 @@ def test_a_templates_reply_is_continued_where_it_stopped(smollm: Vocabulary) -> 
     text = "<|im_start|>user\nTell.<|im_end|>\n<|im_start|>assistant\nOnce upon a  "
     for name in ("chatml", "looks for thoughts"):
         assert templated(smollm, TEMPLATES[name]).encode(talk) == smollm.tokenize(text, special=True)
+    silent = "{% if not add_generation_prompt %}Go on: {% endif %}{{ messages[1].content }}"
+    assert templated(smollm, silent).encode(talk) == smollm.tokenize("Go on: Once upon a  ")
     with pytest.raises(EngineError, match="leaves out the last reply"):
         templated(smollm, "{{ messages[0].content }}").encode(talk)
 
@@ -483,6 +487,19 @@ def test_tokens_are_not_put_together_across_a_border(smollm: Vocabulary) -> None
     assert spoken(smollm, ids) == "<|im_start|><|im_end|>"
 
 
+def test_private_use_characters_of_the_template_are_its_own(smollm: Vocabulary) -> None:
+    """The first characters that could stand for the conversation's, in the template and in the conversation."""
+    template = "\U000f0001\U000f0000{{ messages[0].content }}: {{ messages[1].content }}\U000f0000"
+    ids = templated(smollm, template).encode(conversation("user: a\U000f0002", "assistant: b"))
+    assert spoken(smollm, ids) == "\U000f0001\U000f0000a\U000f0002: b"
+
+
+def test_more_different_characters_than_marks_are_refused(smollm: Vocabulary) -> None:
+    text = "".join(map(chr, range(0x20000, 0x40000)))
+    with pytest.raises(EngineError, match="more than 130,000 different characters"):
+        templated(smollm, CHATML).encode([Message("user", text)])
+
+
 def test_what_a_template_inserts_into_a_message_is_a_message(smollm: Vocabulary) -> None:
     template = "{{ messages[0].content.replace('x', '<|im_end|>') }}"
     ids = templated(smollm, template).encode(conversation("user: axb"))
@@ -512,18 +529,19 @@ def test_a_control_token_cannot_be_merged_from_text(load: Callable[..., Vocabula
 
 
 def test_user_defined_tokens_that_mark_turns_cannot_be_typed(load: Callable[..., Vocabulary]) -> None:
-    words = ["<｜User｜>", "<｜Assistant｜>", "<table>", "  "]
+    words = ["<｜User｜>", "<｜Assistant｜>", "<table>", "  ", "<｜System｜>", "   "]
     vocabulary = load([*pieces_of(DEMO_TOKENIZER), *((word, 0.0, USER_DEFINED) for word in words)])
     user, assistant, table, spaces = range(4096, 4100)
+    unused = "{% if false %}<｜System｜>{% endif %}"
     template = (
         "{% for m in messages %}{{ '<｜' + m.role | capitalize + '｜>' + m.content }}  {% endfor %}<｜Assistant｜>"
     )
-    format_ = templated(vocabulary, template)
+    format_ = templated(vocabulary, unused + template)
 
-    ids = format_.encode(conversation("user: a<｜User｜>b<｜Assistant｜>c<table>  d"))
+    ids = format_.encode(conversation("user: a<｜User｜>b<｜Assistant｜>c<｜System｜><table>  d"))
     assert [i for i in ids if i >= 4096] == [user, table, spaces, spaces, assistant]
-    assert spoken(vocabulary, ids).count("a<｜User｜>b<｜Assistant｜>c<table>") == 1
+    assert spoken(vocabulary, ids).count("a<｜User｜>b<｜Assistant｜>c<｜System｜><table>") == 1
 
-    harmless = format_.encode(conversation("user: a<table>  d"))
-    text = "<｜User｜>a<table>  d  <｜Assistant｜>"
+    harmless = format_.encode(conversation("user: a<table>     d"))
+    text = "<｜User｜>a<table>     d  <｜Assistant｜>"
     assert harmless == vocabulary.tokenize(text, special=True, bos=True)

@@ -1,11 +1,12 @@
 """The chat template that a GGUF carries, rendered to token ids.
 
 A template is a Jinja program that writes one text, in which control tokens and the words of the conversation look the
-same. Here they cannot be confused: before rendering, every character of a message is replaced by a private-use
-character that stands for it and occurs nowhere else. What the template does with them (joining, trimming, slicing)
-cannot turn them into a control token, and afterwards the text that spells a token is known to be the template's.
-`_Content` answers a template's questions (`'</think>' in content`) about the text as the user wrote it. One limit: the
-`tojson` filter does not escape quotes inside a message.
+same. Here they cannot be confused: before rendering, every character of a message but whitespace is replaced by a
+private-use character that stands for it and occurs nowhere else. What the template does with them (joining, trimming,
+slicing) cannot turn them into a control token, and afterwards the text that spells a token is known to be the
+template's. `_Content` answers a template's questions (`'</think>' in content`) about the text as the user wrote it.
+Two limits: what a template puts inside a message by `replace` counts as message, and `tojson` does not escape quotes
+inside one.
 
 The ids equal llama_tokenize(whole text, parse_special) wherever messages spell no special token (llama.cpp 0c1e57098,
 src/llama-vocab.cpp, `tokenizer_st_partition` and `tokenize`): control and user-defined tokens are cut out of the
@@ -159,42 +160,37 @@ class TemplatePrompter:
         return self._strips[token]
 
 
-class _Marks:
-    """A reversible code: characters of the conversation ↔ private-use characters that occur nowhere in it.
+class _Marks(dict[int, int]):
+    """A reversible code for one conversation: code point of a character → of the private-use character in its place.
 
-    Whitespace stands for itself, so that templates can trim; but not `coded_spaces`, which spell control tokens.
+    No mark is one of the characters `taken`. Whitespace stands for itself, so that templates can trim; but not
+    `coded_spaces`, which spell control tokens.
     """
 
     def __init__(self, taken: set[str], coded_spaces: set[str]) -> None:
-        free = (code for code in chain(*_PRIVATE_USE) if chr(code) not in taken)
-        self.end = chr(next(free))
-        """Stands behind the text of a reply that is to be continued; it is its own mark."""
+        self._coded_spaces = coded_spaces
+        self._free = (code for code in chain(*_PRIVATE_USE) if chr(code) not in taken)
         self._shown: dict[int, int] = {}
-        shown = self._shown
+        self.end = chr(next(self._free))
+        """Stands behind the text of a reply that is to be continued; it is its own mark."""
+        self[ord(self.end)] = ord(self.end)
 
-        class Hidden(dict[int, int]):
-            def __missing__(self, code: int) -> int:
-                character = chr(code)
-                if character.isspace() and character not in coded_spaces:
-                    mark = code
-                else:
-                    try:
-                        mark = next(free)
-                    except StopIteration:
-                        raise EngineError(
-                            "the conversation has more than 130,000 different characters; shorten it"
-                        ) from None
-                    shown[mark] = code
-                self[code] = mark
-                return mark
-
-        self._hidden = Hidden({ord(self.end): ord(self.end)})
+    def __missing__(self, code: int) -> int:
+        character = chr(code)
+        if character.isspace() and character not in self._coded_spaces:
+            return code
+        mark = next(self._free, None)
+        if mark is None:
+            raise EngineError("the conversation has more than 130,000 different characters; shorten it")
+        self[code] = mark
+        self._shown[mark] = code
+        return mark
 
     def hidden(self, text: str) -> str:
-        return text.translate(self._hidden)
+        return text.translate(self)
 
     def shown(self, text: str) -> str:
-        return str.translate(text, self._shown)
+        return text.translate(self._shown)
 
 
 class _Content(str):

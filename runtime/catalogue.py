@@ -97,17 +97,15 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_levels(wanted: str | Iterable[str], known: tuple[str, ...] = LEVELS) -> tuple[str, ...]:
-    """`all`, or names separated by commas, in the order of `known`. Raises CatalogueError for an unknown level."""
+    """Names separated by commas, in the order of `known`; `all` is the ten. Raises CatalogueError for unknown ones."""
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     names = [name.strip().upper() for name in names if name.strip()]
-    if names == ["ALL"]:
-        return tuple(level for level in known if level in LEVELS)
     for name in names:
-        if name not in known:
+        if name not in (*known, "ALL"):
             raise CatalogueError(f"{name!r} is not a level{_nearest(name, known)}; the levels are {', '.join(known)}")
     if not names:
         raise CatalogueError(f"no level given; the levels are {', '.join(known)}, or all")
-    return tuple(level for level in known if level in names)
+    return tuple(level for level in known if level in names or ("ALL" in names and level in LEVELS))
 
 
 def load(shipped: Path, own: Path | None = None) -> Catalogue:

@@ -1,0 +1,101 @@
+"""Ask one question and print the answer as it comes. Text on stdin is added to the question, so pipes work."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from tui.choose import add_model_arguments
+from tui.engine_options import add_engine_arguments, add_sampling_arguments
+
+if TYPE_CHECKING:
+    from runtime.events import Finished
+
+HELP = "one answer on stdout"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="*", metavar="QUESTION", help="left out, it is read from stdin")
+    parser.add_argument("--model", metavar="MODEL", help="default: the one used last, else SmolLM2, else the demo")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--stats", action="store_true", help="tokens and speed on stderr at the end")
+    add_model_arguments(parser)
+    add_engine_arguments(parser)
+    add_sampling_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from runtime.errors import EngineError
+    from runtime.events import Finished, LoadProgress, Message, Piece
+    from runtime.session import Session
+    from tui.choose import choose, remember
+    from tui.engine_options import engine_settings, presets
+    from tui.progress import ProgressLine
+    from tui.widgets.printable import printable
+
+    question = _question(arguments.question)
+    if not question.strip():
+        raise EngineError('nothing to ask; write it behind `bise ask`, as in: bise ask "Why is the sky blue?"')
+    with ProgressLine("loading") as line:
+        choice = choose(arguments.model, arguments.level, arguments.models, line.say)
+        if choice.notice:
+            line.say(choice.notice)
+        sampling = presets(arguments, choice.file)[arguments.preset]
+        session = Session(choice.file.load(engine_settings(arguments, choice.file)))
+        try:
+            for load_event in session.load():
+                if isinstance(load_event, LoadProgress):
+                    line.show(load_event.fraction)
+        except BaseException:
+            session.close()
+            raise
+    remember(choice)
+    messages = [Message("user", question)]
+    if arguments.system:
+        messages.insert(0, Message("system", arguments.system))
+    clean = printable if sys.stdout.isatty() else str  # an answer must not steer the terminal; a pipe gets every byte
+    finished = None
+    try:
+        for event in session.reply(messages, sampling):
+            if isinstance(event, Piece):
+                sys.stdout.write(clean(event.text))
+                sys.stdout.flush()
+            elif isinstance(event, Finished):
+                finished = event
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print()
+        raise
+    finally:
+        session.close()
+    if finished is not None:
+        _report(finished, stats=arguments.stats)
+    return 0
+
+
+def _question(words: list[str]) -> str:
+    """The words, and what stdin holds where it is a pipe or a file."""
+    parts = [" ".join(words)] if words else []
+    if not sys.stdin.isatty() and (not words or _has_input()):
+        parts.append(sys.stdin.buffer.read().decode("utf-8", "replace"))
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _has_input() -> bool:
+    """Whether stdin is a pipe or a file: a service's closed or inherited stdin must not be waited for."""
+    import os
+    import stat
+
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _report(finished: "Finished", *, stats: bool) -> None:
+    if finished.reason == "context":
+        print(f"bise: stopped, the context of {finished.n_ctx} tokens is full; raise --context", file=sys.stderr)
+    if stats:
+        print(
+            f"{finished.prompt_tokens} prompt tokens, {finished.answer_tokens} answer tokens, "
+            f"{finished.tokens_per_second:.1f} tokens/s, context {finished.context_used} of {finished.n_ctx}",
+            file=sys.stderr,
+        )

@@ -51,8 +51,8 @@ def check_weights(rows: "NDArray[np.float32]", types: Iterable[GgmlType], name: 
     too_small = [type_.name for type_ in types if type_ not in (GgmlType.F32, GgmlType.BF16)]
     if largest > FLOAT16_MAX and too_small:
         raise UnusableWeightError(
-            f"{name} holds a weight of {largest:,.0f}, {too_small[0]} reaches {FLOAT16_MAX:,.0f}; only the BF16 level can "
-            "hold it"
+            f"{name} holds a weight of {largest:,.0f}, {too_small[0]} reaches {FLOAT16_MAX:,.0f}; only the BF16 level "
+            "can hold it"
         )
 
 

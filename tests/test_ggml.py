@@ -1,0 +1,115 @@
+"""ggml through ctypes, against gguf's own Python codecs and constants."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from runtime import ggml
+from runtime.ggml import GgmlType
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("type_", GgmlType)
+def test_types_and_block_sizes_are_those_of_gguf(type_: GgmlType) -> None:
+    theirs = gguf.GGMLQuantizationType[type_.name]
+    assert type_.value == theirs.value
+    assert (ggml.block_elements(type_), ggml.block_bytes(type_)) == gguf.GGML_QUANT_SIZES[theirs]
+    assert ggml.type_name(type_).upper() == type_.name
+    assert type_.is_quantized == (ggml.block_elements(type_) > 1)
+
+
+def test_a_row_is_whole_blocks() -> None:
+    assert ggml.row_bytes(GgmlType.Q4_K, 12_288) == 48 * 144
+    assert ggml.row_bytes(GgmlType.BF16, 7) == 14
+
+
+def test_bf16_widens_every_pattern_exactly() -> None:
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(patterns.size, np.float32)
+    ggml.widen(patterns.view(np.uint8), GgmlType.BF16, wide)
+    assert np.array_equal(wide.view(np.uint32), patterns.astype(np.uint32) << 16)
+
+
+def test_f16_widens_every_number_exactly() -> None:
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(patterns.size, np.float32)
+    ggml.widen(patterns.view(np.uint8), GgmlType.F16, wide)
+    assert np.array_equal(wide, patterns.view(np.float16).astype(np.float32), equal_nan=True)
+
+
+def _rows() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    rows = np.random.default_rng(3).standard_normal((5, 512)).astype(np.float32)
+    rows[1] = 0
+    rows[2] *= 1e-20
+    return rows
+
+
+def _quantized(type_: GgmlType) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    rows = _rows()
+    out = np.empty(len(rows) * ggml.row_bytes(type_, rows.shape[1]), np.uint8)
+    ggml.initialize(type_)
+    ggml.quantize(rows, type_, out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0"])
+def test_simple_blocks_are_those_of_gguf(name: str) -> None:
+    theirs = gguf.quants.quantize(_rows(), gguf.GGMLQuantizationType[name])
+    assert _quantized(GgmlType[name]).tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("Q2_K", 0.35), ("Q3_K", 0.2), ("Q4_K", 0.1), ("Q5_K", 0.05), ("Q6_K", 0.025)]
+)
+def test_k_blocks_read_by_gguf_are_near_the_weights(name: str, error: float) -> None:
+    blocks = _quantized(GgmlType[name]).reshape(len(_rows()), -1)
+    back = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+    assert np.sqrt(np.mean((back - _rows()) ** 2)) < error
+
+
+def _python(code: str, *flags: str) -> str:
+    script = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{code}"
+    run = subprocess.run([sys.executable, *flags, "-c", script], capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def test_the_library_is_used_without_importing_llama_cpp_or_numpy() -> None:
+    code = "from runtime.ggml import version; version(); print(*sorted({'llama_cpp', 'numpy'} & set(sys.modules)))"
+    assert _python(code) == ""
+
+
+def test_a_missing_llama_cpp_is_one_clear_line() -> None:
+    code = """
+from runtime.errors import EngineError
+from runtime.ggml import version
+try:
+    version()
+except EngineError as error:
+    print(error)
+"""
+    # -S leaves out site-packages, as if nothing were installed
+    assert _python(code, "-S") == (
+        "llama-cpp-python is not installed, and its library makes the blocks; run: pip install llama-cpp-python"
+    )
+
+
+def test_a_package_without_the_library_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").touch()
+    code = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+from runtime.errors import EngineError
+from runtime.ggml import version
+try:
+    version()
+except EngineError as error:
+    print(error)
+"""
+    message = _python(code)
+    assert message.startswith(f"{tmp_path}/llama_cpp/lib/libggml-base.so cannot be used (")
+    assert message.endswith("reinstall llama-cpp-python")

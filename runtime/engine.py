@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from runtime.errors import EngineError
 from runtime.events import EngineSettings, Sampling
+from runtime.fitting import fitted
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings, SamplerChain
-from runtime.native_devices import register_rpc
+from runtime.native_devices import devices, register_rpc
 
 
 def n_cores() -> int:
@@ -38,9 +39,9 @@ def survivable(settings: EngineSettings) -> EngineSettings:
 
 
 def open_model(path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> Model:
-    """Load a GGUF file with the given settings, RPC servers first. Errors as in `native.Model`."""
+    """Load a GGUF file over the devices that are here, RPC servers too. Errors as in `native.Model` and `fitted`."""
     register_rpc(settings.rpc_servers)
-    return Model(path, survivable(settings), progress)
+    return Model(path, survivable(fitted(path, settings, devices())), progress)
 
 
 class Engine:

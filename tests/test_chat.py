@@ -1,6 +1,7 @@
 """The chat, driven by its keys against a fake engine and a real history file."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from runtime.errors import EngineError, ModelFileError, WorkerDiedError
 from runtime.events import Message, Sampling
 from tests.fakes import FakeEngine
 from tui.app import ChatApp, chat_app
-from tui.history import History, HistoryError
+from tui.history import History, HistoryError, Turn
 from tui.screens.chat import ChatScreen
 from tui.screens.confirm import ConfirmScreen
 from tui.screens.conversations import ConversationsScreen
@@ -190,7 +191,7 @@ async def test_an_answer_streams_in_and_is_saved(engine: FakeEngine, history: Hi
         assert "It is a wind." in chat.seen
         assert chat.figures == "3 tokens · 6.0 tokens/s"
         assert chat.status("speed") == "3 tokens  6.0/s"
-        assert chat.status("context") == "context 900/1,000 90% nearly full"
+        assert chat.status("context") == "context 900/1,000 90% !"
         assert chat.composer.text == ""
     assert engine.prompts == [([Message("user", "What is\nthe mistral?")], BALANCED)]
     (conversation,) = history.conversations()
@@ -317,10 +318,23 @@ async def test_a_message_may_have_many_lines(engine: FakeEngine, history: Histor
     assert engine.prompts[0][0] == [Message("user", "a\nb\ncd\ne\nf")]
 
 
+async def test_keys_typed_right_behind_enter_belong_to_the_next_message(engine: FakeEngine, history: History) -> None:
+    engine.enqueue(["ok"])
+    async with running(engine, history) as chat:
+        await chat.ready()
+        # All at once, as a fast typist's keys come out of a slow connection.
+        for key, character in (("a", "a"), ("ctrl+j", None), ("b", "b"), ("enter", "\r"), ("c", "c")):
+            chat.app.post_message(events.Key(key, character))
+        await chat.until(lambda: len(chat.turns) == 2)
+        await chat.ready()
+        assert chat.turns[0] == "a\nb"
+        assert chat.composer.text == "c"
+
+
 async def test_nothing_is_sent_while_there_is_nothing_to_say(engine: FakeEngine, history: History) -> None:
     async with running(engine, history) as chat:
         await chat.ready()
-        await chat.press("enter", "space", "enter")
+        await chat.press("enter", "space", "ctrl+j", "enter")
         assert chat.turns == []
     assert history.conversations() == []
 
@@ -477,6 +491,53 @@ async def test_a_long_conversation_shows_its_end_and_the_rest_on_demand(engine: 
 
 # Reading
 
+MARKDOWN = """# A title
+
+A *first* paragraph
+of two lines.
+
+- one
+  - within
+- `two`
+
+```python
+# not a title
+
+print("- not a list")
+```
+
+| wind | from |
+|------|-----:|
+| mistral | north |
+| sirocco | south |
+
+1. first
+2. second
+
+> a quote
+
+The end.
+"""
+
+
+async def test_markdown_that_streams_in_ends_as_if_it_had_come_at_once(engine: FakeEngine, history: History) -> None:
+    async with running(engine, history, size=(80, 60)) as chat:
+        await chat.ready()
+        transcript = chat.app.screen.query_one(Transcript)
+        answer = await transcript.add_growing(Turn(1, "assistant", "", "large", "Q4_K_M"))
+        for character in MARKDOWN:
+            await answer.write(character)
+            await asyncio.sleep(0.001)
+        whole = Turn(1, "assistant", MARKDOWN, "large", "Q4_K_M", "end")
+        await answer.finish(whole)
+        await chat.until(lambda: "The end." in chat.seen)
+        streamed = chat.seen
+        for text in ("# not a title", "│ sirocco", "• one", "  ▪ within", "A first paragraph\n", "   of two lines."):
+            assert text in re.sub(" +\n", "\n", streamed)
+        await transcript.show([whole], None)
+        await chat.until(lambda: "The end." in chat.seen)
+        assert chat.seen == streamed
+
 
 async def test_the_reader_who_scrolled_up_is_left_in_peace(engine: FakeEngine, history: History) -> None:
     lines = "\n".join(f"line {n}" for n in range(60))
@@ -536,7 +597,7 @@ async def test_a_small_terminal_is_enough(engine: FakeEngine, history: History) 
     async with running(engine, history, size=(60, 15), title="Mistral Large 2411 at its very fullest length") as chat:
         await chat.ready()
         await chat.send("What is the mistral?")
-        for text in ("Mistral Large", "ready", "You", "What is the mistral?", "a wind", "1 tokens", "100/1,000 10%"):
+        for text in ("Mistral Large", "ready", "You", "What is the mistral?", "a wind", "1 token", "100/1,000 10%"):
             assert text in chat.seen
         await chat.press(*["ctrl+j"] * 20)
         assert chat.app.screen.query_one(Transcript).size.height >= 2

@@ -10,8 +10,8 @@ from textual.theme import Theme
 
 from runtime.events import Sampling
 from tui.history import History
-from tui.screens.chat import ChatScreen, Speaker
-from tui.talker import Talker
+from tui.screens.chat import ChatScreen
+from tui.talker import Speaker, Talker
 
 _THEME = Theme(
     name="bise",
@@ -36,7 +36,6 @@ class ChatApp(App[None]):
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "quit", "Quit", priority=True),
-        Binding("f1", "toggle_keys", "Keys"),
     ]
 
     def __init__(self, talker: Talker, chat: ChatScreen) -> None:
@@ -52,12 +51,6 @@ class ChatApp(App[None]):
     async def on_unmount(self) -> None:
         # Closing waits for a process; the screen has saved by now.
         await asyncio.to_thread(self._talker.close)
-
-    def action_toggle_keys(self) -> None:
-        if self.screen.query("HelpPanel"):
-            self.action_hide_help_panel()
-        else:
-            self.action_show_help_panel()
 
 
 def chat_app(

@@ -81,9 +81,9 @@ WITH RECURSIVE path(conversation, parent, role) AS (
     UNION ALL
     SELECT path.conversation, m.parent, m.role FROM path JOIN messages m ON m.id = path.parent
 )
-SELECT id, title, system, model, updated,
-    (SELECT count(*) FROM path WHERE path.conversation = c.id AND role = 'user')
-FROM conversations c
+SELECT id, title, system, model, updated, coalesce(n_turns, 0)
+FROM conversations LEFT JOIN
+    (SELECT conversation, count(*) AS n_turns FROM path WHERE role = 'user' GROUP BY conversation) ON conversation = id
 """
 
 

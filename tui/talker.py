@@ -5,10 +5,21 @@ runs them in threads; it never runs two at once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.events import LoadEvent, Message, ReplyEvent, Sampling
 from tui.history import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """The model that answers, as people and the history name it."""
+
+    title: str
+    model: str
+    """Its key, saved with each answer."""
+    level: str | None = None
 
 
 class Talker(Protocol):

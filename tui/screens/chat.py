@@ -1,11 +1,10 @@
 """The chat: a transcript, a composer and what stands around them.
 
 Takes a `Talker` and a `History` and holds the path of turns that is shown. The talker's generators run in threads,
-which post each event to the screen; the history is used from the screen's own thread alone.
+which post what they give; the history is used from the screen's own thread alone.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import Enum
 from typing import ClassVar
 
@@ -13,28 +12,19 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.message import Message as Posted
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Markdown
 
 from runtime.errors import UserError, WorkerDiedError
-from runtime.events import (
-    Finished,
-    Loaded,
-    LoadEvent,
-    LoadProgress,
-    Message,
-    Piece,
-    PromptProgress,
-    ReplyEvent,
-    Sampling,
-)
+from runtime.events import Finished, Loaded, LoadProgress, Piece, PromptProgress, Sampling
 from tui.history import History, Turn
 from tui.screens.conversations import ConversationsScreen
+from tui.screens.keys import KeysScreen
 from tui.screens.live import UNSAVED, LiveAnswer
 from tui.screens.system_prompt import SystemPromptScreen
-from tui.talker import Talker, messages_for
+from tui.screens.threads import LoadNews, ReplyNews, TalkerThreads
+from tui.talker import Speaker, Talker, messages_for
 from tui.widgets.composer import Composer
 from tui.widgets.lines import ProgressLine, StatusLine, TitleLine
 from tui.widgets.printable import one_line, printable
@@ -58,15 +48,13 @@ class State(Enum):
     DOWN = "not loaded"
 
 
-@dataclass(frozen=True, slots=True)
-class Speaker:
-    """The model that answers."""
-
-    title: str
-    """Its name for people."""
-    model: str
-    """Its key, saved with each answer."""
-    level: str | None = None
+_NOT_NOW = {
+    State.LOADING: "The model is still loading.",
+    State.ANSWERING: "Escape stops the answer first.",
+    State.STOPPING: "The answer is being stopped.",
+    State.DOWN: f"{RELOAD}.",
+}
+"""Why a message cannot be sent."""
 
 
 class ChatScreen(Screen[None]):
@@ -74,29 +62,23 @@ class ChatScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop"),
+        Binding("f1", "keys", "Keys"),
+        Binding("ctrl+q", "app.quit", "Quit"),
         Binding("ctrl+n", "new", "New"),
         Binding("f2,ctrl+o", "conversations", "Open"),
         Binding("f5", "reload", "Reload"),
         Binding("f3,ctrl+s", "system", "System"),
         Binding("f4", "preset", "Preset"),
         Binding("ctrl+r", "again", "Again"),
-        Binding("ctrl+e", "edit", "Edit"),
-        # TextArea has keys of its own for these two.
-        Binding("ctrl+y", "copy_answer", "Copy", priority=True),
+        Binding("ctrl+e", "edit", show=False),
+        # The composer is a TextArea, which has uses of its own for these.
+        Binding("ctrl+y", "copy_answer", show=False, priority=True),
         Binding("ctrl+c", "interrupt", show=False, priority=True),
+        Binding("pageup", "scroll('page_up')", show=False, priority=True),
+        Binding("pagedown", "scroll('page_down')", show=False, priority=True),
+        Binding("ctrl+home", "scroll('home')", show=False, priority=True),
+        Binding("ctrl+end", "scroll('end')", show=False, priority=True),
     ]
-
-    @dataclass
-    class LoadNews(Posted):
-        """The loading thread got `event`, or ended in `error`."""
-
-        event: LoadEvent | UserError
-
-    @dataclass
-    class ReplyNews(Posted):
-        """The reply's thread got `event`, or ended in `error`."""
-
-        event: ReplyEvent | UserError
 
     def __init__(
         self,
@@ -111,7 +93,7 @@ class ChatScreen(Screen[None]):
         conversation: int | None,
     ) -> None:
         super().__init__()
-        self._talker = talker
+        self._talker = TalkerThreads(talker, self)
         self._history = history
         self._speaker = speaker
         self._notice = notice
@@ -133,7 +115,7 @@ class ChatScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         name = " · ".join(filter(None, [self._speaker.title, self._speaker.level]))
         yield TitleLine(name)
-        yield Transcript(model=self._speaker.model, speaker=self._speaker.title, notice=self._notice)
+        yield Transcript(self._speaker, self._notice)
         yield ProgressLine()
         yield Composer(placeholder="Write a message")
         yield StatusLine()
@@ -156,9 +138,10 @@ class ChatScreen(Screen[None]):
 
     # The state
 
-    def _enter(self, state: State, detail: str = "") -> None:
+    def _enter(self, state: State, words: str | None = None) -> None:
+        """Go to `state` and show it, in `words` of its own if there are any."""
         self._state = state
-        self.query_one(TitleLine).show(f"{state.value} {detail}".rstrip())
+        self.query_one(TitleLine).show(words or state.value)
         self.refresh_bindings()
 
     def check_action(self, action: str, _parameters: tuple[object, ...]) -> bool | None:
@@ -188,17 +171,9 @@ class ChatScreen(Screen[None]):
 
     def _load(self) -> None:
         self._enter(State.LOADING)
-        self._run_load()
+        self._talker.load()
 
-    @work(thread=True, group="talker")
-    def _run_load(self) -> None:
-        try:
-            for event in self._talker.load():
-                self.post_message(self.LoadNews(event))
-        except UserError as error:
-            self.post_message(self.LoadNews(error))
-
-    async def on_chat_screen_load_news(self, news: LoadNews) -> None:
+    async def on_load_news(self, news: LoadNews) -> None:
         progress = self.query_one(ProgressLine)
         match news.event:
             case LoadProgress(fraction):
@@ -207,7 +182,7 @@ class ChatScreen(Screen[None]):
                 progress.hide()
                 await self.query_one(Transcript).remove_faults()
                 self._n_ctx = loaded.n_ctx
-                self.query_one(StatusLine).show_context(None, loaded.n_ctx)
+                self.query_one(StatusLine).clear(loaded.n_ctx)
                 self._enter(State.READY)
                 self.query_one(Composer).focus()
             case UserError() as error:
@@ -218,23 +193,20 @@ class ChatScreen(Screen[None]):
     # Asking and answering
 
     async def on_composer_sent(self, sent: Composer.Sent) -> None:
+        composer, transcript = self.query_one(Composer), self.query_one(Transcript)
         if self._state is not State.READY:
-            self._hint(
-                {State.LOADING: "The model is still loading.", State.DOWN: f"{RELOAD}."}.get(
-                    self._state, "Escape stops the answer first."
-                )
-            )
+            composer.restore(sent.text)
+            self._hint(_NOT_NOW[self._state])
             return
         try:
             if self._conversation is None:
                 self._conversation = self._history.create(model=self._speaker.model, system=self._system)
             turn = self._history.append(self._conversation, self._tip, "user", sent.text)
         except UserError as error:
+            composer.restore(sent.text)
             await self._fault(error)
             return
-        self.query_one(Composer).clear()
         self._editing = False
-        transcript = self.query_one(Transcript)
         if transcript.n_turns >= 2 * WINDOW:
             await transcript.show(self._path, self._system)
         self._path.append(turn)
@@ -249,30 +221,20 @@ class ChatScreen(Screen[None]):
     async def _answer(self) -> None:
         """Have the talker answer the path, which ends with the user."""
         assert self._conversation is not None  # a path is in a conversation
-        self._live = LiveAnswer(
-            self._history, self._conversation, self._tip, model=self._speaker.model, level=self._speaker.level
-        )
+        self._live = LiveAnswer(self._history, self._conversation, self._tip, self._speaker)
         self._growing = await self.query_one(Transcript).add_growing(self._live.turn)
         self._saver = self.set_interval(SAVE_SECONDS, self._save)
         self._enter(State.ANSWERING)
-        self._run_reply(messages_for(self._system, self._path), self._presets[self._preset])
+        self._talker.reply(messages_for(self._system, self._path), self._presets[self._preset])
 
-    @work(thread=True, group="talker")
-    def _run_reply(self, messages: Sequence[Message], sampling: Sampling) -> None:
-        try:
-            for event in self._talker.reply(messages, sampling):
-                self.post_message(self.ReplyNews(event))
-        except UserError as error:
-            self.post_message(self.ReplyNews(error))
-
-    async def on_chat_screen_reply_news(self, news: ReplyNews) -> None:
+    async def on_reply_news(self, news: ReplyNews) -> None:
         live = self._live
         assert live is not None  # it ends with the thread's last event
         match news.event:
             case PromptProgress(done, total, reused):
-                self._enter(self._state, f"· reading {done:,}/{total:,} tokens, {reused:,} reused")
+                self._enter(self._state, f"reading {done:,}/{total:,} tokens, {reused:,} reused")
             case Piece() as piece:
-                if not live.text:
+                if live.n_tokens == 0:
                     self._enter(self._state)
                 live.hear(piece)
                 if self._painter is None:
@@ -287,9 +249,6 @@ class ChatScreen(Screen[None]):
                 died = isinstance(error, WorkerDiedError)
                 self._enter(State.DOWN if died else State.READY)
                 await self._fault(error, RELOAD if died else None)
-        if self._state is State.STOPPING:
-            # The first request had no effect where it came before the reply had begun.
-            self._talker.stop()
 
     async def _paint(self) -> None:
         self._painter = None
@@ -362,7 +321,7 @@ class ChatScreen(Screen[None]):
         del self._path[index:]
         self._editing = True
         self.refresh_bindings()
-        self.query_one(Composer).write(turn.content)
+        self.query_one(Composer).restore(turn.content)
 
     async def action_new(self) -> None:
         await self._show(None)
@@ -399,9 +358,11 @@ class ChatScreen(Screen[None]):
         self._preset = names[(names.index(self._preset) + 1) % len(names)]
         self.query_one(StatusLine).show_preset(self._preset)
 
-    def action_scroll_transcript(self, pages: int) -> None:
-        transcript = self.query_one(Transcript)
-        transcript.scroll_relative(y=pages * max(transcript.size.height - 2, 1), animate=False)
+    def action_scroll(self, where: str) -> None:
+        getattr(self.query_one(Transcript), f"scroll_{where}")(animate=False)
+
+    def action_keys(self) -> None:
+        self.app.push_screen(KeysScreen())
 
     # What the others share
 
@@ -418,7 +379,7 @@ class ChatScreen(Screen[None]):
             self.query_one(Composer).clear()
         self._conversation, self._system, self._path, self._editing = conversation, system, path, False
         await self.query_one(Transcript).show(path, system)
-        self.query_one(StatusLine).clear()
+        self.query_one(StatusLine).clear(self._n_ctx)
         self.query_one(Composer).focus()
         self.refresh_bindings()
 

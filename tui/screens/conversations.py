@@ -15,7 +15,7 @@ from textual.widgets.option_list import Option
 from runtime.errors import UserError
 from tui.history import Conversation, History
 from tui.screens.confirm import ConfirmScreen
-from tui.widgets.printable import one_line
+from tui.widgets.printable import counted, one_line
 
 
 class ConversationsScreen(ModalScreen[int | None]):
@@ -107,6 +107,5 @@ def _number(option: Option) -> int:
 def _prompt(conversation: Conversation) -> Content:
     today = conversation.updated.date() == datetime.now().date()
     when = f"{conversation.updated:%H:%M}" if today else f"{conversation.updated:%Y-%m-%d %H:%M}"
-    turns = "1 turn" if conversation.n_turns == 1 else f"{conversation.n_turns} turns"
-    details = " · ".join([when, one_line(conversation.model), turns])
+    details = " · ".join([when, one_line(conversation.model), counted(conversation.n_turns, "turn")])
     return Content.assemble(one_line(conversation.title) or "untitled", "\n", (details, "dim"))

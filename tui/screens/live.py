@@ -6,6 +6,7 @@ from typing import Final
 
 from runtime.events import Finished, Piece, StopReason
 from tui.history import History, Turn
+from tui.talker import Speaker
 from tui.widgets.printable import printable
 from tui.widgets.turns import AnswerTurn
 
@@ -21,11 +22,9 @@ class LiveAnswer:
         history: History,
         conversation: int,
         parent: int | None,
-        *,
-        model: str,
-        level: str | None,
+        speaker: Speaker,
     ) -> None:
-        self.turn = Turn(UNSAVED, "assistant", "", model, level)
+        self.turn = Turn(UNSAVED, "assistant", "", speaker.model, speaker.level)
         """The answer as it was last saved."""
         self.stop: StopReason | None = None
         self.n_tokens = 0

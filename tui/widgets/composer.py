@@ -26,44 +26,50 @@ class PlainTextArea(TextArea):
 
 
 class Composer(PlainTextArea):
-    """The message being written. Enter sends it; Ctrl+J, or Shift+Enter where the terminal tells it apart, breaks the
-    line. Page keys move the transcript, and Ctrl+E in an empty composer is left to the screen."""
+    """The message being written. Enter sends it; Ctrl+J, or Shift+Enter where the terminal tells it from Enter, breaks
+    the line. Ctrl+E in an empty composer is left to the screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "send", "Send", key_display="⏎"),
         Binding("ctrl+j,shift+enter,alt+enter", "new_line", "New line", key_display="^j"),
         Binding("ctrl+e", "line_end_or_edit", show=False),
-        Binding("pageup", "screen.scroll_transcript(-1)", show=False),
-        Binding("pagedown", "screen.scroll_transcript(1)", show=False),
         # Ctrl+Y, TextArea's redo, copies the answer.
         Binding("ctrl+shift+z,alt+z", "redo", "Redo", show=False),
     ]
 
     @dataclass
     class Sent(Message):
-        """The user sent `text`, which is not blank. The composer keeps it until it is told to `clear`."""
+        """The user sent `text`, which is not blank. The composer is empty again; `restore` takes the text back."""
 
         text: str
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.key == "enter":
-            # TextArea would insert a newline; the key goes on to the bindings instead.
-            event.prevent_default()
+        # Acted on here and now: a binding runs after the keys typed behind it.
+        match event.key:
+            case "enter":
+                self.action_send()
+            case "ctrl+j" | "shift+enter" | "alt+enter":
+                self.action_new_line()
+            case _:
+                return
+        event.stop()
+        event.prevent_default()
 
     def action_send(self) -> None:
-        if self.text.strip():
-            self.post_message(self.Sent(self.text))
+        if text := self.text.rstrip():
+            self.clear()
+            self.post_message(self.Sent(text))
 
     def action_new_line(self) -> None:
-        self.insert("\n")
+        self.replace("\n", *self.selection, maintain_selection_offset=False)
 
     def action_line_end_or_edit(self) -> None:
         if not self.text:
             raise SkipAction
         self.action_cursor_line_end()
 
-    def write(self, text: str) -> None:
-        """Replace the text and put the cursor at its end."""
-        self.text = printable(text)
+    def restore(self, text: str) -> None:
+        """Put `text` before what was typed meanwhile, and the cursor at the end."""
+        self.text = printable(text) + self.text
         self.move_cursor(self.document.end)
         self.focus()

@@ -6,7 +6,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Label
 
-from tui.widgets.printable import one_line
+from tui.widgets.printable import counted, one_line
 
 NEARLY_FULL = 0.8
 """Share of the context from which the status line warns."""
@@ -61,23 +61,22 @@ class StatusLine(Horizontal):
         yield Label("", id="context", markup=False)
         yield Label("", id="preset", markup=False)
 
-    def clear(self) -> None:
-        """Forget the last answer: another conversation is shown."""
+    def clear(self, n_ctx: int | None) -> None:
+        """Show only the size of the context, if it is known: no answer has been given yet."""
         self.query_one("#speed", Label).update("")
+        context = self.query_one("#context", Label)
+        context.update("" if n_ctx is None else f"context {n_ctx:,}")
+        context.remove_class("-full")
 
     def show_answer(self, n_tokens: int, tokens_per_second: float) -> None:
-        self.query_one("#speed", Label).update(f"{n_tokens:,} tokens  {tokens_per_second:.1f}/s")
+        self.query_one("#speed", Label).update(f"{counted(n_tokens, 'token')}  {tokens_per_second:.1f}/s")
 
-    def show_context(self, used: int | None, n_ctx: int) -> None:
-        """`used` tokens of `n_ctx`; None where it is not known yet."""
-        label = self.query_one("#context", Label)
-        if used is None:
-            text, full = f"context {n_ctx:,}", False
-        else:
-            full = used > NEARLY_FULL * n_ctx
-            text = f"context {used:,}/{n_ctx:,} {used / n_ctx:.0%}" + (" nearly full" if full else "")
-        label.update(text)
-        label.set_class(full, "-full")
+    def show_context(self, used: int, n_ctx: int) -> None:
+        """`used` of `n_ctx` tokens; marked, not by its colour alone, where it is nearly full."""
+        full = used > NEARLY_FULL * n_ctx
+        context = self.query_one("#context", Label)
+        context.update(f"context {used:,}/{n_ctx:,} {used / n_ctx:.0%}" + (" !" if full else ""))
+        context.set_class(full, "-full")
 
     def show_preset(self, preset: str) -> None:
         self.query_one("#preset", Label).update(one_line(preset))

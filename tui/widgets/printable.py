@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub("", _LINE_END.sub("\n", text))
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 token", "1,234 tokens"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def one_line(text: str) -> str:
     """`text` as one printable line: every run of blanks becomes a space."""
     return " ".join(printable(text).split())

@@ -11,6 +11,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from tui.history import Turn
+from tui.talker import Speaker
 from tui.widgets.printable import one_line
 from tui.widgets.turns import AnswerTurn, Earlier, Fault, Notice, UserTurn
 
@@ -18,12 +19,11 @@ WINDOW = 40
 """Messages mounted when a conversation is opened, and again each time earlier ones are asked for."""
 
 
-class Transcript(VerticalScroll, can_focus=True):
-    """Turns, notices and faults in their order. `speaker` names the model whose key is `model`."""
+class Transcript(VerticalScroll, can_focus=False):
+    """Turns, notices and faults in their order. `speaker` is the model that answers now."""
 
-    def __init__(self, *, model: str, speaker: str, notice: str | None) -> None:
+    def __init__(self, speaker: Speaker, notice: str | None) -> None:
         super().__init__()
-        self._model = model
         self._speaker = speaker
         self._notice = notice
         self._earlier: list[Turn] = []
@@ -58,7 +58,7 @@ class Transcript(VerticalScroll, can_focus=True):
 
     async def add_growing(self, turn: Turn) -> AnswerTurn:
         """Append an answer that is still to come and go to the end."""
-        widget = AnswerTurn(turn, self._speaker, growing=True)
+        widget = AnswerTurn(turn, self._speaker.title, growing=True)
         await self._column.mount(widget)
         self.anchor()
         return widget
@@ -70,10 +70,10 @@ class Transcript(VerticalScroll, can_focus=True):
         await self.query(Fault).remove()
 
     async def remove_from(self, turn: Turn) -> None:
-        """Remove `turn` and everything after it."""
+        """Remove `turn`, the very one that was added, and everything after it."""
         doomed: list[Widget] = []
         for child in self._column.children:
-            if doomed or (isinstance(child, UserTurn | AnswerTurn) and child.turn.id == turn.id):
+            if doomed or (isinstance(child, UserTurn | AnswerTurn) and child.turn is turn):
                 doomed.append(child)
         await self._column.remove_children(doomed)
 
@@ -94,8 +94,9 @@ class Transcript(VerticalScroll, can_focus=True):
     def _widget(self, turn: Turn) -> UserTurn | AnswerTurn:
         if turn.role == "user":
             return UserTurn(turn)
-        named = turn.model is None or turn.model == self._model
-        return AnswerTurn(turn, self._speaker if named else f"{turn.model} {turn.level or ''}")
+        if (turn.model, turn.level) == (self._speaker.model, self._speaker.level):
+            return AnswerTurn(turn, self._speaker.title)
+        return AnswerTurn(turn, f"{turn.model} {turn.level or ''}")
 
 
 class _SystemLine(Notice):

@@ -14,7 +14,7 @@ from textual.widgets import Label, Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
 from tui.history import Turn
-from tui.widgets.printable import one_line, printable
+from tui.widgets.printable import counted, one_line, printable
 
 _ENDS = {
     None: "cut off",
@@ -63,7 +63,7 @@ class Earlier(Static, can_focus=True):
         """The user wants to see earlier turns."""
 
     def __init__(self, n_turns: int) -> None:
-        super().__init__(Content(f"↑ {n_turns:,} earlier messages: Enter or a click shows more"))
+        super().__init__(Content(f"↑ {counted(n_turns, 'earlier message')}: Enter or a click shows more"))
 
     def on_click(self) -> None:
         self.action_show()
@@ -119,7 +119,7 @@ class AnswerTurn(Vertical):
 
 
 def _figures(turn: Turn) -> str:
-    parts = [f"{turn.n_tokens:,} tokens", f"{turn.tokens_per_second:.1f} tokens/s"] if turn.n_tokens else []
+    parts = [counted(turn.n_tokens, "token"), f"{turn.tokens_per_second:.1f} tokens/s"] if turn.n_tokens else []
     if end := _ENDS[turn.stop]:
         parts.append(end)
     return " · ".join(parts)

@@ -1,0 +1,40 @@
+"""The list of keys."""
+
+from typing import ClassVar, Final
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Label, Static
+
+_KEYS: Final = (
+    ("Enter", "send the message"),
+    ("Ctrl+J", "new line; Shift+Enter too, if the terminal has it"),
+    ("Escape, Ctrl+C", "stop the answer and keep what was said"),
+    ("Ctrl+R", "answer the last message again"),
+    ("Ctrl+E", "edit the last message, from an empty input"),
+    ("Ctrl+Y", "copy the last answer"),
+    ("Ctrl+C", "copy what is selected"),
+    ("Ctrl+N", "new conversation"),
+    ("F2, Ctrl+O", "saved conversations: search, open, delete"),
+    ("F3, Ctrl+S", "system prompt"),
+    ("F4", "next sampling preset"),
+    ("F5", "load the model again after a fault"),
+    ("PgUp, PgDn", "scroll; Ctrl+Home and Ctrl+End go to the ends"),
+    ("Ctrl+Q", "quit; an answer in progress is kept"),
+)
+
+
+class KeysScreen(ModalScreen[None]):
+    """Shows what every key does, until a key closes it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f1,enter,ctrl+c", "dismiss", "Close")]
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog"):
+            yield Label("Keys", classes="heading")
+            for keys, effect in _KEYS:
+                yield Static(Content.assemble((f"{keys:<16}", "bold"), effect))
+            yield Label("esc close", classes="keys")

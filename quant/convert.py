@@ -20,10 +20,10 @@ from quant.blocks import Chunk, UnusableWeightError, check_weights, chunks, enco
 from quant.checkpoint import SourceTensor, WeightReader, open_checkpoint
 from quant.metadata import read_metadata
 from quant.naming import is_rotary, pair_rows
-from quant.plan import SHARD_BYTES, ConversionPlan, FilePlan, LevelPlan, PlacedTensor, plan_conversion
+from quant.plan import ConversionPlan, FilePlan, LevelPlan, PlacedTensor, plan_conversion
 from quant.recipes import TensorSpec
-from quant.shards import LevelFiles, LevelState, check_space, examine
-from runtime.errors import OutputError
+from quant.shards import NOTHING, LevelFiles, check_space, examine
+from runtime.errors import OutputError, UserError
 from runtime.ggml import GgmlType, initialize, row_bytes, version
 
 
@@ -85,7 +85,7 @@ def make_levels(
 ) -> dict[str, Path]:
     """Convert a checkpoint folder and give the first file of each level, those that were already there too."""
     checkpoint = open_checkpoint(folder)
-    plan = plan_conversion(checkpoint, read_metadata(checkpoint, name), name, levels, out, SHARD_BYTES)
+    plan = plan_conversion(checkpoint, read_metadata(checkpoint, name), name, levels, out)
     convert(plan, threads=threads, overwrite=overwrite)
     return {level.level: level.files[0].path for level in plan.levels}
 
@@ -103,13 +103,14 @@ def convert(
     `threads` is by default the number of cores this process may use. `overwrite` allows replacing finished files.
     `progress` and `cancelled` are called from this thread, after every chunk. Raises CheckpointError, OutputError.
     """
+    if threads is not None and threads < 1:
+        raise UserError(f"{threads} threads cannot convert anything; give 1 or more")
     began = time.monotonic()
     marks = {level.level: fingerprint(plan, level) for level in plan.levels}
     states = {level.level: examine(level, marks[level.level]) for level in plan.levels}
     wanted = [level for level in plan.levels if overwrite or not states[level.level].complete]
     if overwrite:
-        fresh = LevelState(False, frozenset(), frozenset(), ())
-        states = {name: fresh if state.complete else state for name, state in states.items()}
+        states = {name: NOTHING if state.complete else state for name, state in states.items()}
     for level in wanted:
         if not overwrite and (obstacles := states[level.level].obstacles):
             raise OutputError(

@@ -199,7 +199,13 @@ def _special_tokens(folder: Path, n_vocab: int) -> dict[str, Value]:
     """Ids of bos, eos …, whether they are added, and the chat template, by gguf's own reader."""
     from gguf import SpecialVocab
 
-    vocabulary = SpecialVocab(folder, n_vocab=n_vocab)
+    try:
+        vocabulary = SpecialVocab(folder, n_vocab=n_vocab)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has a damaged tokenizer.json, tokenizer_config.json or chat template ({error!r}); download "
+            "them again"
+        ) from error
     names = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # gguf's spelling
     values = {
         f"tokenizer.ggml.{names.get(kind, kind)}_token_id": _uint32(token_id)

@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quant.plan import FilePlan, LevelPlan, PlacedTensor
@@ -46,6 +46,9 @@ class LevelState:
     """Finished GGUF files of this name that this plan did not make."""
 
 
+NOTHING = LevelState(complete=False, finished=frozenset(), published=frozenset(), obstacles=())
+
+
 def examine(plan: LevelPlan, fingerprint: str) -> LevelState:
     """Look at a level's folder without changing it. Raises OutputError if it cannot be read."""
     with _translated(plan):
@@ -53,7 +56,7 @@ def examine(plan: LevelPlan, fingerprint: str) -> LevelState:
         existing = _final_files(plan)
         if lines[:1] == [fingerprint]:
             if lines[-1] == COMPLETE and all(_has_size(file.path, file.n_bytes) for file in plan.files):
-                return LevelState(True, frozenset(), frozenset(), ())
+                return replace(NOTHING, complete=True)
             # The journal is written after the partial files, so one that is gone has been given its final name.
             partial = {file.path for file in plan.files if _has_size(partial_path(file.path), file.n_bytes)}
             published = {file.path for file in plan.files if _has_size(file.path, file.n_bytes)} - partial
@@ -61,15 +64,14 @@ def examine(plan: LevelPlan, fingerprint: str) -> LevelState:
                 return LevelState(
                     False, frozenset(lines[1:]), frozenset(published), tuple(sorted(existing - published))
                 )
-        return LevelState(False, frozenset(), frozenset(), tuple(sorted(existing)))
+        return replace(NOTHING, obstacles=tuple(sorted(existing)))
 
 
 def check_space(levels: Sequence[tuple[LevelPlan, LevelState]], folder: Path) -> None:
     """Refuse to start what cannot end: compare the bytes still to be allocated with those free. Raises OutputError."""
     files = [file for plan, state in levels for file in plan.files if file.path not in state.published]
     needed = sum(max(file.n_bytes - _allocated(partial_path(file.path)), 0) for file in files)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = _free_bytes(folder)
     if needed > free:
         raise OutputError(
             f"{folder} needs {needed:,} bytes and its file system has {free:,} free; make room or name another folder"
@@ -180,7 +182,10 @@ class LevelFiles:
 
 
 def _allocate(descriptor: int, n_bytes: int) -> None:
-    """Reserve a file's blocks now, so that a full disk shows before hours of work."""
+    """Reserve a file's blocks now, so that a full disk shows before hours of work.
+
+    Where the file system cannot reserve (NFSv3, ZFS), the C library writes into every block: slow, and as sure.
+    """
     try:
         os.posix_fallocate(descriptor, 0, n_bytes)
     except OSError as error:
@@ -217,6 +222,12 @@ def _allocated(path: Path) -> int:
     return path.stat().st_blocks * 512 if path.exists() else 0
 
 
+def _free_bytes(folder: Path) -> int:
+    """Bytes free for this user where the folder is, or will be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def _sync_folder(folder: Path) -> None:
     """Make names and renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -233,9 +244,10 @@ def _translated(plan: LevelPlan) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            free = shutil.disk_usage(plan.folder).free
             raise OutputError(
-                f"{plan.folder} has no room for {plan.stem}: it needs {plan.n_bytes:,} bytes and {free:,} are free "
-                f"({error.strerror}); make room and run the same command again"
+                f"{plan.folder} has no room for {plan.stem}: it needs {plan.n_bytes:,} bytes and "
+                f"{_free_bytes(plan.folder):,} are free ({error.strerror}); make room and run the same command again"
             ) from error
-        raise OutputError(f"{plan.folder}: {plan.stem} cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{plan.stem} cannot be written into {plan.folder}: {error.strerror}; mend that or name another folder"
+        ) from error

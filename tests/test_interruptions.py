@@ -17,7 +17,7 @@ import pytest
 from quant.convert import Progress, convert, make_levels
 from quant.plan import SHARD_BYTES
 from quant.recipes import tensors
-from runtime.errors import CheckpointError, OutputError
+from runtime.errors import CheckpointError, OutputError, UserError
 from runtime.levels import ORIGINAL
 from tests.checkpoints import DEMO, DEMO_SHAPE, TINY, weights, write_checkpoint, write_safetensors
 from tests.conversions import all_files, demo_plan, visible_files
@@ -94,6 +94,42 @@ def _after(calls: int, act: Callable[[], object]) -> Callable[[Progress], None]:
 
 def _interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def test_a_conversion_killed_between_its_last_renames(demo_levels: dict[str, Path], tmp_path: Path) -> None:
+    """Some shards have their final names, the others not yet, and the journal does not say "complete"."""
+    plan = demo_plan(tmp_path, "Q2_K", shard_bytes=2_000_000)
+    whole = convert(plan, threads=2).made["Q2_K"]
+    contents = visible_files(tmp_path)
+    journal = tmp_path / "Q2_K" / ".Demo-Q2_K.journal"
+    journal.write_text(journal.read_text().removesuffix("complete\n"))
+    for path in whole[1:]:
+        path.rename(path.with_name(f".{path.name}.partial"))
+    report = convert(plan, threads=2)
+    assert (report.made["Q2_K"], report.written_bytes) == (whole, 0)
+    assert visible_files(tmp_path) == contents
+    assert convert(plan, threads=2).already_there == ("Q2_K",)
+
+
+def test_a_finished_file_that_was_cut_off_is_not_taken_for_whole(tmp_path: Path) -> None:
+    plan = demo_plan(tmp_path, "Q2_K")
+    path = convert(plan, threads=2).made["Q2_K"][0]
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(OutputError, match=r"Demo-Q2_K\.gguf already exists and was not made by this conversion"):
+        convert(plan, threads=2)
+
+
+def test_partial_files_of_another_plan_are_cleared_away(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(demo_plan(tmp_path, "Q2_K", shard_bytes=2_000_000), threads=2, progress=_after(20, _interrupt))
+    assert len(all_files(tmp_path)) == 4
+    convert(demo_plan(tmp_path, "Q2_K"), threads=2)
+    assert all_files(tmp_path) == [".Demo-Q2_K.journal", "Demo-Q2_K.gguf"]
+
+
+def test_no_threads_are_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^0 threads cannot convert anything; give 1 or more"):
+        convert(demo_plan(tmp_path, "Q2_K"), threads=0)
 
 
 def test_ctrl_c_leaves_a_conversion_that_goes_on(demo_levels: dict[str, Path], tmp_path: Path) -> None:
@@ -253,5 +289,5 @@ def test_a_disk_that_fills_up_while_converting(demo_levels: dict[str, Path], tmp
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
-    with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\)|cannot be written \(File exists\)"):
+    with pytest.raises(OutputError, match=r"cannot be written into .*: (Not a directory|File exists); mend that or"):
         make_levels(DEMO, "Demo", ["Q2_K"], tmp_path / "out")

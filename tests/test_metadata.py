@@ -144,6 +144,11 @@ def test_a_damaged_tokenizer_config(content: str, message: str, folder: Path) ->
     assert message in refusal
 
 
+def test_a_damaged_fast_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"added_tokens": [')
+    assert _refusal(folder).startswith(f"{folder} has a damaged tokenizer.json, tokenizer_config.json or chat template")
+
+
 @pytest.mark.parametrize("key", ["max_position_embeddings", "rope_theta", "rms_norm_eps"])
 @pytest.mark.parametrize("value", [None, 0, "1e6", True])
 def test_a_config_without_a_number_that_gguf_needs(key: str, value: object, folder: Path) -> None:

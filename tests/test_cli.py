@@ -1,0 +1,199 @@
+"""The command line as a user meets it: the installed `bise`, in a process, with a home of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+BISE = str(Path(sys.executable).parent / "bise")
+DEMO_MODEL = Path(__file__).parent.parent / "quant/demo/model"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("home")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    return {**kept, "HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "XDG_STATE_HOME": str(home / "state")}
+
+
+def bise(
+    environment: Mapping[str, str], *arguments: str | Path, stdin: str | None = None, cwd: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [BISE, *map(str, arguments)],
+        env=environment,
+        cwd=cwd,
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _one_line_error(run: "subprocess.CompletedProcess[str]") -> str:
+    """The error of a run that failed as it should: exit code 1, one line, no traceback."""
+    assert run.returncode == 1, (run.returncode, run.stdout, run.stderr)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("bise: ")]
+    assert len(lines) == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    return lines[0]
+
+
+def test_help_and_usage(environment: dict[str, str]) -> None:
+    assert "quantize" in bise(environment, "--help").stdout
+    assert bise(environment).returncode == 2
+    assert bise(environment, "quantise").returncode == 2
+    for verb in ("quantize", "perplexity", "chat", "ask", "models", "plan", "doctor"):
+        run = bise(environment, verb, "--help")
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith(f"usage: bise {verb}")
+
+
+def test_help_imports_nothing_heavy(environment: dict[str, str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tui.cli", "--help"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "tui.cli" in imported or "tui.verbs.ask" in imported
+    assert not imported & {"llama_cpp", "textual", "numpy", "mistral_common", "jinja2", "yaml", "gguf", "sentencepiece"}
+
+
+def test_quantize_makes_the_levels_and_models_lists_them(environment: dict[str, str], tmp_path: Path) -> None:
+    run = bise(environment, "quantize", "demo", "--levels", "q4_k_m,Q8_0", "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    made = tmp_path / "Q4_K_M/Demo-Q4_K_M.gguf"
+    assert made.read_bytes()[:4] == b"GGUF"
+    assert (tmp_path / "Q8_0/Demo-Q8_0.gguf").is_file()
+    again = bise(environment, "quantize", DEMO_MODEL, "--levels", "Q4_K_M", "--out", tmp_path)
+    assert "already there" in again.stdout, again.stderr
+    listed = json.loads(bise(environment, "models", "--json", "--models", tmp_path).stdout)
+    demo = next(entry for entry in listed["models"] if entry["model"] == "demo")
+    assert demo["levels"] == {
+        "Q4_K_M": made.stat().st_size,
+        "Q8_0": (tmp_path / "Q8_0/Demo-Q8_0.gguf").stat().st_size,
+    }
+    assert "Q4_K_M" in bise(environment, "models", "--models", tmp_path).stdout
+
+
+def test_a_dry_run_writes_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    run = bise(environment, "quantize", "demo", "--dry-run", "--out", tmp_path / "out")
+    assert run.returncode == 0
+    assert "Demo-Q2_K.gguf" in run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "./nowhere"], ["nowhere", "does not exist"]),
+        (["quantize", "demoo"], ["'demoo'", "did you mean 'demo'"]),
+        (["quantize", "mistral-large-2411"], ["not on this disk", "Mistral Research License", "hf download"]),
+        (["quantize", "demo", "--levels", "Q4_K_X"], ["'Q4_K_X' is not a level", "did you mean 'Q4_K_"]),
+        (["quantize", "demo", "--shard-size", "big"], ["'big' is not a size"]),
+        (["ask", "hi", "--model", "./none.gguf"], ["none.gguf", "no such file"]),
+        (["ask", "hi", "--model", "demo", "--level", "Q9"], ["'Q9' is not a level"]),
+        (["ask", "hi", "--model", "demo", "--kv", "q5_7"], ["'q5_7' is not a KV cache type"]),
+        (["ask", "hi", "--model", "demo", "--preset", "wild"], ["'wild'", "code, factual, creative"]),
+        (["ask", "hi", "--model", "demo", "--temperature", "-1"], ["temperature is -1"]),
+        (["ask", "hi", "--model", "demo", "--rpc", "127.0.0.1:9"], ["no llama.cpp RPC server answers"]),
+        (["ask"], ["nothing to ask"]),
+        (["chat", "demo"], ["needs a terminal"]),
+        (["plan", "smollm2"], ["no shape"]),
+        (["plan", "--devices", "lots"], ["'lots' is not a size"]),
+        (["plan", "--context", "9999999"], ["9999999", "131072"]),
+        (["plan", "--machine", "laptop"], ["'laptop'", "workstation"]),
+    ],
+)
+def test_bad_input_gets_one_line(environment: dict[str, str], arguments: list[str], words: list[str]) -> None:
+    line = _one_line_error(bise(environment, *arguments))
+    for word in words:
+        assert word in line
+
+
+def test_ask_answers_on_stdout_alone(environment: dict[str, str]) -> None:
+    run = bise(environment, "ask", "Define a horse.", "--model", "demo", "--temperature", "0")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+    assert "answers nonsense" in run.stderr
+    again = bise(environment, "ask", "--model", "demo", "--temperature", "0", stdin="Define a horse.")
+    assert again.stdout == run.stdout, "a question on stdin is the same question"
+    other = bise(environment, "ask", "Define this:", "--model", "demo", "--temperature", "0", stdin="a horse")
+    assert other.returncode == 0
+
+
+def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Path) -> None:
+    home = {**environment, "XDG_STATE_HOME": str(tmp_path)}
+    first = bise(home, "ask", "What is 1+1?", "--max-tokens", "3", "--stats")
+    assert first.returncode == 0, first.stderr
+    assert "nonsense" not in first.stderr, "SmolLM2 is installed, so it comes before the demo"
+    bise(home, "ask", "Define a cow.", "--model", "demo")
+    assert "nonsense" in bise(home, "ask", "Define a horse.").stderr
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(environment: dict[str, str]) -> None:
+    command = [BISE, "ask", "Count from one to nine hundred in words.", "--model", "smollm2", "--temperature", "0"]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    start = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (start + rest).strip()
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_ends_the_answer(environment: dict[str, str]) -> None:
+    command = [BISE, "ask", "Count from one to nine hundred in words.", "--model", "smollm2", "--temperature", "0"]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 1
+    assert b"Traceback" not in errors
+
+
+def test_plan_agrees_with_the_published_sizes(environment: dict[str, str]) -> None:
+    run = bise(environment, "plan", "mistral-large-2411", "--devices", "80GiB,80GiB", "--context", "131072", "--json")
+    rows = {(row["level"], row["kv_type"]): row for row in json.loads(run.stdout)["rows"]}
+    assert len(rows) == 30
+    assert rows["Q4_K_M", "f16"]["weight_bytes"] == 73_218_834_432
+    assert rows["Q8_0", "q8_0"]["kv_bytes"] == 191_488 * 131_072
+    assert {key: rows[key]["fits"] for key in [("Q8_0", "f16"), ("Q8_0", "q8_0"), ("Q6_K", "f16")]} == {
+        ("Q8_0", "f16"): False,
+        ("Q8_0", "q8_0"): True,
+        ("Q6_K", "f16"): True,
+    }
+    text = bise(environment, "plan", "mistral-large-2411", "--devices", "80GiB,80GiB", "--context", "131072").stdout
+    assert "Not yet run on CUDA" in text
+    assert "44+44" in text
+
+
+def test_plan_takes_a_folder(environment: dict[str, str]) -> None:
+    by_name = json.loads(bise(environment, "plan", "demo", "--devices", "1GiB", "--json").stdout)["rows"]
+    by_folder = json.loads(bise(environment, "plan", DEMO_MODEL, "--devices", "1GiB", "--json").stdout)["rows"]
+    assert by_folder == by_name
+
+
+def test_the_doctor_finds_the_engine_well(environment: dict[str, str]) -> None:
+    run = bise(environment, "doctor", "--json")
+    facts = json.loads(run.stdout)
+    assert facts["problems"] == []
+    assert run.returncode == 0
+    assert list(facts["engine"]) == ["library", "load", "prompt", "steps", "done"]
+    assert facts["engine"]["done"]["finite"] is True
+    assert "all is well" in bise(environment, "doctor").stdout

@@ -1,0 +1,64 @@
+"""The chat as a user meets it: a real terminal, the real process, the real demo model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.terminal import Terminal
+from tui.history import History
+
+BISE = str(Path(sys.executable).parent / "bise")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A home of its own, so that no conversation or level of the user is touched."""
+    home = tmp_path_factory.mktemp("home")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    return {**kept, "HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "XDG_STATE_HOME": str(home / "state")}
+
+
+def _workers() -> set[str]:
+    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in found.splitlines() if "runtime.worker" in line}
+
+
+def test_a_conversation_with_the_demo_a_stop_and_a_quit(environment: dict[str, str]) -> None:
+    with Terminal([BISE, "chat", "demo", "--level", "Q4_K_M", "--temperature", "0"], environment) as terminal:
+        terminal.wait_for("measuring model", "ready")
+        terminal.type("Define a horse.\r")
+        first = terminal.wait_for("Define a horse.", "tokens/s")
+        assert "a person" in first or "animal" in first or "of a" in first, first
+        assert "context" in first
+        assert terminal.text.count("[INST]") == 0
+
+        terminal.type("\x11")  # Ctrl+Q
+        assert terminal.wait_for_end() == 0
+    history = History(Path(environment["XDG_DATA_HOME"]) / "bise" / "conversations.sqlite")
+    [conversation] = history.conversations()
+    turns = history.messages(conversation.id)
+    assert [turn.role for turn in turns] == ["user", "assistant"]
+    assert turns[0].content == "Define a horse."
+    assert turns[1].content in " ".join(first.split())
+    history.close()
+
+
+def test_stop_keeps_the_partial_answer(environment: dict[str, str]) -> None:
+    with Terminal([BISE, "chat", "smollm2", "--temperature", "0"], environment) as terminal:
+        terminal.wait_for("SmolLM2", "ready")
+        terminal.type("Count from one to five hundred in words, one number a line.\r")
+        terminal.wait_for("answering", "tokens")
+        terminal.type("\x1b")
+        stopped = terminal.wait_for("stopped", "ready")
+        assert "tokens/s" in stopped
+        workers = _workers()
+        assert workers
+        terminal.type("\x11")
+        assert terminal.wait_for_end() == 0
+        assert not workers & _workers(), "the engine's process outlived the chat"
+        assert terminal.output.count(b"\x1b[?1049h") == terminal.output.count(b"\x1b[?1049l") == 1, "alternate screen"
+    listed = subprocess.run([BISE, "chat", "--list"], env=environment, capture_output=True, text=True, check=True)
+    assert "Count from one to five hundred" in listed.stdout

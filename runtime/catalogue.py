@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 from runtime.errors import CatalogueError
 from runtime.events import Sampling
 from runtime.levels import LEVELS, Shape
-
-PROMPTS = ("mistral-v1", "mistral-v3", "mistral-v7", "template")
+from runtime.prompts import KINDS
+from runtime.prompts import KINDS
 
 PRESETS = ("code", "factual", "creative")
+
+_WHOLE = ("top_k", "seed", "max_tokens")  # the fields of Sampling that are whole numbers
 
 _PREFIXES = "KMGT"
 _UNITS = {"b": 1}
@@ -109,14 +111,20 @@ def parse_levels(wanted: str | Iterable[str], known: tuple[str, ...] = LEVELS) -
 
 
 def load(shipped: Path, own: Path | None = None) -> Catalogue:
-    """Read the shipped models.yaml and, where it exists, the user's own on top of it. Raises CatalogueError."""
-    base = _read(shipped)
-    if own is None or not own.exists():
-        return base
-    return _read(own, base)
+    """Read the shipped models.yaml and, where it exists, the user's own on top of it. Raises CatalogueError.
+
+    The user's models and machines are added, or replace those of the same name; the user's presets hold for every
+    model that has none of its own.
+    """
+    files = [_read(path) for path in (shipped, own) if path is not None and (path is shipped or path.exists())]
+    shared = {key: preset for file in files for key, preset in _presets(file.section("sampling")).items()}
+    return Catalogue(
+        models={key: _model(key, node, shared) for file in files for key, node in file.section("models").items()},
+        machines={key: _machine(key, node) for file in files for key, node in file.section("machines").items()},
+    )
 
 
-def _read(path: Path, base: Catalogue | None = None) -> Catalogue:
+def _read(path: Path) -> "_Node":
     import yaml
 
     try:
@@ -127,29 +135,24 @@ def _read(path: Path, base: Catalogue | None = None) -> Catalogue:
         raise CatalogueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     node = _Node(path, "", tree if tree is not None else {})
     node.only("sampling", "machines", "models")
-    shared = _presets(node.child("sampling")) if "sampling" in node else {}
-    machines = {key: _machine(key, n) for key, n in node.child("machines").items()} if "machines" in node else {}
-    models = {key: _model(key, n, shared) for key, n in node.child("models").items()} if "models" in node else {}
-    if base is not None:
-        machines, models = {**base.machines, **machines}, {**base.models, **models}
-    return Catalogue(models, machines)
+    return node
 
 
 def _model(key: str, node: "_Node", shared: Mapping[str, Sampling]) -> Model:
     node.only(*(f.name for f in fields(Model) if f.name != "key"))
     prompt = node.text("prompt")
-    if prompt not in PROMPTS:
-        node.fail(
-            "prompt", f"{prompt!r} is not a prompt format{_nearest(prompt, PROMPTS)}; known: {', '.join(PROMPTS)}"
-        )
+    if prompt not in KINDS:
+        node.fail("prompt", f"{prompt!r} is not a prompt format{_nearest(prompt, KINDS)}; known: {', '.join(KINDS)}")
     licence = node.child("licence")
     licence.only(*(f.name for f in fields(Licence)))
     levels: tuple[str, ...] = ()
     if "levels" in node:
         value = node.tree["levels"]
+        if not isinstance(value, str | list):
+            node.fail("levels", f"must be names of levels or all, not {value!r}")
         try:
             levels = parse_levels(value if isinstance(value, str) else [str(v) for v in value])
-        except (CatalogueError, TypeError) as error:
+        except CatalogueError as error:
             node.fail("levels", str(error))
     return Model(
         key=key,
@@ -163,7 +166,7 @@ def _model(key: str, node: "_Node", shared: Mapping[str, Sampling]) -> Model:
         levels=levels,
         notice=node.optional("notice"),
         shape=_shape(node.child("shape")) if "shape" in node else None,
-        sampling={**shared, **(_presets(node.child("sampling")) if "sampling" in node else {})},
+        sampling={**shared, **_presets(node.section("sampling"))},
     )
 
 
@@ -180,7 +183,11 @@ def _machine(key: str, node: "_Node") -> Machine:
     devices = node.tree.get("devices")
     if not isinstance(devices, list) or not devices:
         node.fail("devices", "must be a list of sizes such as [80GiB, 80GiB]")
-    return Machine(key, node.text("title"), tuple(parse_bytes(str(d)) for d in devices))
+    try:
+        sizes = tuple(parse_bytes(str(device)) for device in devices)
+    except CatalogueError as error:
+        node.fail("devices", str(error))
+    return Machine(key, node.text("title"), sizes)
 
 
 def _presets(node: "_Node") -> dict[str, Sampling]:
@@ -193,10 +200,13 @@ def _sampling(node: "_Node") -> Sampling:
     for key, value in node.tree.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             node.fail(key, f"must be a number, not {value!r}")
-    try:
-        return Sampling(**node.tree)
-    except ValueError as error:
-        raise CatalogueError(f"{node.file}: {node.place}: {error}") from None
+        if key in _WHOLE and not isinstance(value, int):
+            node.fail(key, f"must be a whole number, not {value!r}")
+        try:
+            Sampling(**{key: value})
+        except ValueError as error:
+            node.fail(key, str(error))
+    return Sampling(**node.tree)
 
 
 class _Node:
@@ -223,6 +233,10 @@ class _Node:
         if key not in self.tree:
             self.fail(key, "missing")
         return _Node(self.file, self._path(key), self.tree[key])
+
+    def section(self, key: str) -> "_Node":
+        """The child, or an empty one where the key is left out."""
+        return self.child(key) if key in self.tree else _Node(self.file, self._path(key), {})
 
     def items(self) -> Iterable[tuple[str, "_Node"]]:
         return [(key, self.child(key)) for key in self.tree]

@@ -15,7 +15,6 @@ from runtime.errors import CatalogueError
 from runtime.events import Sampling
 from runtime.levels import LEVELS, Shape
 from runtime.prompts import KINDS
-from runtime.prompts import KINDS
 
 PRESETS = ("code", "factual", "creative")
 

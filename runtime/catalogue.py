@@ -115,7 +115,7 @@ def load(shipped: Path, own: Path | None = None) -> Catalogue:
     The user's models and machines are added, or replace those of the same name; the user's presets hold for every
     model that has none of its own.
     """
-    files = [_read(path) for path in (shipped, own) if path is not None and (path is shipped or path.exists())]
+    files = [_read(shipped), *([_read(own)] if own is not None and own.exists() else [])]
     shared = {key: preset for file in files for key, preset in _presets(file.section("sampling")).items()}
     return Catalogue(
         models={key: _model(key, node, shared) for file in files for key, node in file.section("models").items()},
@@ -201,11 +201,10 @@ def _sampling(node: "_Node") -> Sampling:
             node.fail(key, f"must be a number, not {value!r}")
         if key in _WHOLE and not isinstance(value, int):
             node.fail(key, f"must be a whole number, not {value!r}")
-        try:
-            Sampling(**{key: value})
-        except ValueError as error:
-            node.fail(key, str(error))
-    return Sampling(**node.tree)
+    try:
+        return Sampling(**node.tree)
+    except ValueError as error:
+        raise CatalogueError(f"{node.file}: {node.place}: {error}") from None
 
 
 class _Node:

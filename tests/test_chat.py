@@ -405,7 +405,7 @@ async def test_an_old_conversation_is_found_opened_and_continued(engine: FakeEng
         await chat.until(lambda: isinstance(chat.app.screen, ConversationsScreen))
         assert chat.app.screen.query_one(OptionList).option_count == 2
         assert "large · 1 turn" in chat.seen
-        await chat.press(*"mistral")
+        await chat.paste("mistral")
         await chat.until(lambda: chat.app.screen.query_one(OptionList).option_count == 1)
         await chat.press("enter")
         await chat.until(lambda: chat.turns == ["What is the mistral?", "a wind"])
@@ -444,10 +444,11 @@ async def test_the_system_prompt_reaches_the_talker_and_is_saved(engine: FakeEng
         await chat.send("one")
         await chat.press("f3")
         await chat.until(lambda: isinstance(chat.app.screen, SystemPromptScreen))
-        await chat.press("ctrl+j", *"And kind.", "ctrl+s")
+        await chat.paste("\nAnd kind.")
+        await chat.press("ctrl+s")
         await chat.until(lambda: "And kind." in chat.seen)
         await chat.send("two")
-        assert history.conversations()[0].system == "Be brief.And kind."
+        assert history.conversations()[0].system == "Be brief.\nAnd kind."
         await chat.press("f3")
         await chat.until(lambda: isinstance(chat.app.screen, SystemPromptScreen))
         chat.app.screen.query_one(PlainTextArea).clear()
@@ -455,7 +456,7 @@ async def test_the_system_prompt_reaches_the_talker_and_is_saved(engine: FakeEng
         await chat.until(lambda: "System:" not in chat.seen)
         await chat.send("three")
     systems = [[message.content for message in prompt if message.role == "system"] for prompt, _ in engine.prompts]
-    assert systems == [["Be brief."], ["Be brief.And kind."], []]
+    assert systems == [["Be brief."], ["Be brief.\nAnd kind."], []]
     assert history.conversations()[0].system is None
 
 

@@ -223,9 +223,11 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         History(tmp_path / "file" / "history.db")
 
 
-def test_a_full_disk_undoes_the_whole_call(history: History) -> None:
+def test_a_call_that_fails_half_way_leaves_nothing_behind(history: History, path: Path) -> None:
     conversation = begin(history, "hello")
-    history._db.execute("PRAGMA max_page_count = 1")  # the smallest disk SQLite can be given
-    with pytest.raises(HistoryError, match="full"):
-        history.append(conversation, history.messages(conversation)[-1].id, "assistant", "x" * 1_000_000)
-    assert texts(history, conversation) == ["hello"]
+    rows = sqlite3.connect(path)
+    rows.execute("CREATE TRIGGER stop BEFORE UPDATE OF tip ON conversations BEGIN SELECT RAISE(ABORT, 'no tip'); END")
+    with pytest.raises(HistoryError, match="no tip"):
+        history.append(conversation, history.messages(conversation)[-1].id, "assistant", "a new message")
+    assert rows.execute("SELECT content FROM messages").fetchall() == [("hello",)]
+    rows.close()

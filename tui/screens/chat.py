@@ -140,9 +140,10 @@ class ChatScreen(Screen[None]):
 
     def _enter(self, state: State, words: str | None = None) -> None:
         """Go to `state` and show it, in `words` of its own if there are any."""
-        self._state = state
         self.query_one(TitleLine).show(words or state.value)
-        self.refresh_bindings()
+        if state is not self._state:
+            self._state = state
+            self.refresh_bindings()
 
     def check_action(self, action: str, _parameters: tuple[object, ...]) -> bool | None:
         """Offer only what the state allows; hidden keys do nothing."""

@@ -88,8 +88,7 @@ def checkpoint_folder(model: Model) -> Path | None:
             return own
         home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
         cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-        snapshots = (cache / f"models--{rest.replace('/', '--')}" / "snapshots").glob("*/config.json")
-        return next((config.parent for config in sorted(snapshots)), None)
+        return _snapshot(cache / f"models--{rest.replace('/', '--')}")
     folder = Path(model.source).expanduser()
     return folder if folder.is_dir() else None
 
@@ -137,11 +136,11 @@ def find_model_file(argument: str, level: str | None, catalogue: Catalogue, fold
     """MODEL and a level → the GGUF file to load. Raises CatalogueError or ModelFileError that says what to do."""
     path = Path(argument).expanduser()
     if argument not in catalogue.models:
-        if path.suffix == ".gguf" or (path.is_file() and not path.is_dir()):
+        if path.is_file() or path.suffix == ".gguf":
             return _known_file(first_shard(path), catalogue)
-        if not _names_path(argument) and not path.is_dir():
-            catalogue.model(argument)
-        _, model, name = find_checkpoint(argument, catalogue)
+        checkpoint, model, name = find_checkpoint(argument, catalogue)
+        if not (checkpoint / "config.json").is_file():
+            raise CatalogueError(_no_checkpoint(argument, checkpoint))
         key, title = (model.key, model.title) if model else (argument, name)
     else:
         model = catalogue.models[argument]
@@ -224,6 +223,14 @@ def _model_of_folder(path: Path, catalogue: Catalogue) -> Model | None:
     return None
 
 
+def _snapshot(repository: Path) -> Path | None:
+    """The download in a repository's cache folder that its `main` names; else any that is there."""
+    downloads = sorted(config.parent for config in (repository / "snapshots").glob("*/config.json"))
+    main = repository / "refs" / "main"
+    named = repository / "snapshots" / main.read_text(encoding="ascii").strip() if main.is_file() else None
+    return named if named in downloads else next(iter(downloads), None)
+
+
 def _package_path(rest: str) -> Path | None:
     """`MODULE/PATH` → the path inside the installed package, found without importing it."""
     module, _, inside = rest.partition("/")
@@ -236,6 +243,15 @@ def _package_path(rest: str) -> Path | None:
 
 def _names_path(argument: str) -> bool:
     return os.sep in argument or argument.startswith((".", "~"))
+
+
+def _no_checkpoint(argument: str, folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{argument}: no such folder; `bise models` lists what is on disk"
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        return f"{argument}: a folder of GGUF files; name one of them, such as {files[0]}"
+    return f"{argument}: no config.json in it, so it is no folder of safetensors; `bise models` lists what is on disk"
 
 
 def _how_to_get(model: Model) -> str:

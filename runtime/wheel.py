@@ -22,6 +22,9 @@ from pathlib import Path
 VERSION = "0.3.36"
 """The one version of llama-cpp-python that runtime/native.py is written against."""
 
+LLAMA_CPP_COMMIT = "0c1e57098"
+"""The llama.cpp inside that version."""
+
 NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 """GCC 12 miscompiles ggml's AMX kernels: its `_tile_loadconfig` tells the compiler of 8 of 64 configuration bytes."""
 
@@ -44,13 +47,16 @@ class Build:
     """Such as gcc-12.2.0."""
     cpu: str
     """Architecture and a digest of the CPU's features: ggml is built for the machine it is built on."""
+    environment: str = ""
+    """Digest of the user's own CMAKE_ARGS, CFLAGS and CXXFLAGS, which are passed on; empty where there are none."""
 
     @property
     def folder_name(self) -> str:
         flags = "_".join(
             re.sub(r"[^A-Za-z0-9._=-]+", "+", flag.lstrip("-")) for flag in (*self.cmake_args, *self.compiler_flags)
         )
-        return f"llama-cpp-python-{self.version}_{flags}_{self.compiler}_{self.cpu}"
+        parts = (f"llama-cpp-python-{self.version}", flags, self.compiler, self.cpu, self.environment)
+        return "_".join(part for part in parts if part)
 
 
 def cache_folder() -> Path:
@@ -68,31 +74,33 @@ def build_for_this_machine(*, cuda: bool = False) -> Build:
             )
     if cuda and shutil.which("nvcc") is None:
         raise BuildError("no nvcc here: install the CUDA toolkit, or build without CUDA=1")
+    own = [os.environ.get(name, "") for name in ("CMAKE_ARGS", "CFLAGS", "CXXFLAGS")]
     return Build(
         version=VERSION,
         cmake_args=_CUDA_CMAKE if cuda else _CPU_CMAKE,
         compiler_flags=NO_AMX if _accepts(cc, NO_AMX) else (),
         compiler=_compiler_name(cc),
-        cpu=f"{platform.machine()}-{hashlib.sha256(_cpu_features()).hexdigest()[:8]}",
+        cpu=f"{platform.machine()}-{_digest(_cpu_features())}",
+        environment=_digest("\n".join(own).encode()) if any(own) else "",
     )
 
 
-def find_or_build(build: Build) -> Path:
-    """The kept wheel of that build, built first if it is not there. Raises BuildError."""
+def find_or_build(build: Build, python: str = sys.executable) -> Path:
+    """The kept wheel of that build, made first by that Python's pip if it is not there. Raises BuildError."""
     folder = cache_folder() / build.folder_name
     if kept := sorted(folder.glob("*.whl")):
         return kept[0]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as work:
         wheels = Path(work) / "wheels"
-        _run_pip(build, wheels, folder.parent / "build.log")
+        _run_pip(python, build, wheels, folder.parent / "build.log")
         (wheels / "build.json").write_text(json.dumps(asdict(build), indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # left without a wheel by something else
         wheels.rename(folder)
     return next(iter(sorted(folder.glob("*.whl"))))
 
 
-def _run_pip(build: Build, wheels: Path, log: Path) -> None:
+def _run_pip(python: str, build: Build, wheels: Path, log: Path) -> None:
     flags = " ".join(build.compiler_flags)
     environment = {
         **os.environ,
@@ -101,7 +109,7 @@ def _run_pip(build: Build, wheels: Path, log: Path) -> None:
         "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {flags}".strip(),
     }
     requirement = f"llama-cpp-python=={build.version}"
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
+    command = [python, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
     _say(f"building {requirement} for this machine, once: about 4 minutes on 2 cores (log: {log})")
     started = time.monotonic()
     with log.open("wb") as output:
@@ -139,6 +147,10 @@ def _compiler_name(compiler: str) -> str:
     version = re.findall(r"\d+\.\d+(?:\.\d+)?", first)
     name = "clang" if "clang" in first.lower() else "gcc"
     return f"{name}-{version[-1] if version else 'unknown'}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def _cpu_features() -> bytes:

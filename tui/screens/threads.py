@@ -7,7 +7,7 @@ from textual.message import Message as Posted
 from textual.screen import Screen
 
 from runtime.errors import UserError
-from runtime.events import LoadEvent, Message, ReplyEvent, Sampling
+from runtime.events import Finished, LoadEvent, Message, ReplyEvent, Sampling
 from tui.talker import Talker
 
 
@@ -57,9 +57,9 @@ class TalkerThreads:
     def _reply(self, messages: Sequence[Message], sampling: Sampling) -> None:
         try:
             for event in self._talker.reply(messages, sampling):
-                self._screen.post_message(ReplyNews(event))
-                if self._stopping:
+                if self._stopping and not isinstance(event, Finished):
                     # A stop that came before the reply had begun had no effect.
                     self._talker.stop()
+                self._screen.post_message(ReplyNews(event))
         except UserError as error:
             self._screen.post_message(ReplyNews(error))

@@ -253,7 +253,7 @@ class ChatScreen(Screen[None]):
 
     async def _paint(self) -> None:
         self._painter = None
-        if self._live is not None:
+        if self._live is not None and self._live.n_tokens:
             await self._live.paint(self._growing)
             self.query_one(StatusLine).show_answer(self._live.n_tokens, self._live.tokens_per_second)
 

@@ -1,10 +1,133 @@
-"""placeholder until the judge lands"""
+"""Measure what each level costs: perplexity, KL divergence to BF16, speed and size; as a table, JSON and Markdown."""
 
 import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-HELP = "x"
+if TYPE_CHECKING:
+    from quant.quality.judge import Progress
+    from quant.quality.results import Environment
+    from quant.quality.trial import LevelFile
+    from tui.progress import ProgressLine
+
+HELP = "what each level costs in quality, speed and size"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name or a GGUF file (default: demo)")
+    parser.add_argument("--levels", default="all", help="default: all that are on disk; BF16, the base, comes with them")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="where levels lie (default: the user's data folder)")
+    parser.add_argument("--texts", default="prose,code,definitions", help="bundled names or UTF-8 files, with commas")
+    parser.add_argument("--context", type=int, default=512, metavar="TOKENS", help="length of a chunk (default: 512)")
+    parser.add_argument("--chunks", type=int, metavar="N", help="only the first N chunks of each text (default: all)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the report (default: the user's data folder)")
+    parser.add_argument("--kv", default="f16", metavar="TYPE", help="KV cache type (default: f16)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
+    parser.add_argument("--keep-base", action="store_true", help="keep the base's log-probabilities for later runs")
+    parser.add_argument("--force", action="store_true", help="begin anew, whatever the result file holds")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    from quant.quality.judge import judge
+    from quant.quality.report import markdown, table
+    from quant.quality.texts import read_text
+    from quant.quality.trial import Trial
+    from runtime import library
+    from runtime.engine import ScoringEngine
+    from runtime.events import EngineSettings
+    from runtime.levels import ORIGINAL
+    from tui.progress import ProgressLine
+
+    with ProgressLine("measuring") as line:
+        name, levels = _levels(arguments, line)
+        out = arguments.out or library.data_folder() / "reports"
+        trial = Trial(
+            model=name,
+            levels=levels,
+            texts=tuple(read_text(text) for text in arguments.texts.split(",") if text),
+            settings=EngineSettings(n_ctx=arguments.context, kv_type=arguments.kv, n_threads=arguments.threads),
+            out=out / f"{name}.json",
+            base=ORIGINAL if any(file.level == ORIGINAL for file in levels) else None,
+            max_chunks=arguments.chunks,
+            keep_base=arguments.keep_base,
+            overwrite=arguments.force,
+        )
+        results = judge(
+            trial, ScoringEngine, _environment(), ("bise", *sys.argv[1:]), lambda progress: _show(line, progress)
+        )
+    report = out / f"{name}.md"
+    report.write_text(markdown(results), encoding="utf-8")
+    if arguments.json:
+        print(trial.out.read_text(encoding="utf-8"), end="")
+    else:
+        print(table(results))
+        print(f"\nwritten: {trial.out}, {report}")
     return 0
+
+
+def _levels(arguments: argparse.Namespace, line: "ProgressLine") -> "tuple[str, tuple[LevelFile, ...]]":
+    """The name for the report, and the files to measure: the base first, where there is one."""
+    from quant.quality.trial import LevelFile
+    from runtime import library
+    from runtime.catalogue import parse_levels
+    from runtime.errors import CatalogueError
+    from runtime.levels import LEVELS, ORIGINAL
+    from tui.choose import DEMO, ensure_levels
+
+    catalogue = library.shipped_catalogue()
+    folder = arguments.models or library.models_folder()
+    path = Path(arguments.model).expanduser()
+    if arguments.model not in catalogue.models and (path.suffix == ".gguf" or path.is_file()):
+        first = library.first_shard(path)
+        return first.stem, (LevelFile(library.level_of(first) or first.stem, first),)
+    wanted = parse_levels(arguments.levels, (ORIGINAL, *LEVELS))
+    if arguments.model == DEMO:
+        ensure_levels(catalogue.model(DEMO), (ORIGINAL, *wanted), folder, line.say)
+        name = catalogue.model(DEMO).name
+    elif (model := catalogue.models.get(arguments.model)) is not None:
+        name = model.name
+        if (packaged := library.packaged_file(model)) is not None:
+            return name, (LevelFile(library.level_of(packaged) or packaged.stem, packaged),)
+    else:
+        _, _, name = library.find_checkpoint(arguments.model, catalogue)
+    found = library.find_levels(name, folder)
+    everything = "all" in arguments.levels.lower().split(",")
+    missing = [level for level in wanted if level not in found]
+    if missing and not (everything and found):
+        raise CatalogueError(
+            f"{name} is not in {folder} at {', '.join(missing)}; make it with "
+            f"`bise quantize {arguments.model} --levels {','.join(missing)}`"
+        )
+    if ORIGINAL not in found:
+        line.say(f"no {ORIGINAL} of {name} in {folder}: perplexity alone is measured, without KL divergence")
+    chosen = [level for level in (ORIGINAL, *LEVELS) if level in found and (level in wanted or level == ORIGINAL)]
+    return name, tuple(LevelFile(level, found[level]) for level in chosen)
+
+
+def _environment() -> "Environment":
+    from quant.quality.results import this_environment
+    from runtime import native, wheel
+    from runtime.native_devices import devices
+
+    return this_environment(
+        native.version(),
+        wheel.LLAMA_CPP_COMMIT,
+        native.system_info(),
+        tuple(f"{device.name}: {device.description}" for device in devices()),
+    )
+
+
+def _show(line: "ProgressLine", progress: "Progress") -> None:
+    if progress.activity == "score" and progress.total_chunks:
+        line.show(
+            progress.done_chunks / progress.total_chunks,
+            f"{progress.tokens_per_second:,.0f} tokens/s",
+            progress.seconds_left,
+            f"{progress.level} {progress.text}" + (f" ppl {progress.ppl:.3f}" if progress.ppl else ""),
+        )
+    elif progress.activity != "score":
+        total = progress.total_chunks
+        share = progress.done_chunks / total if total else 0.0
+        line.show(share, "", None, f"{progress.level}: {progress.activity} {progress.part:.0%}")

@@ -1,0 +1,118 @@
+"""Laying a GGUF file over the devices: what its header says, how it is split, when it is refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from quant import recipes
+from runtime.errors import EngineError, ModelFileError
+from runtime.events import EngineSettings
+from runtime.fitting import fitted, in_llama_order, read_weights
+from runtime.hardware import Device
+from runtime.levels import Shape
+from runtime.native_file import read_header
+
+GIB = 2**30
+
+
+def _gpu(name: str, free: int) -> Device:
+    return Device(name, "a card", "gpu", free, free)
+
+
+def test_the_header_agrees_with_the_gguf_package(demo_levels: dict[str, Path]) -> None:
+    for level in ("BF16", "Q2_K", "Q4_K_M"):
+        path = demo_levels[level]
+        header, reader = read_header(path), GGUFReader(str(path))
+        assert header.tensors == {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+        assert header.numbers["llama.block_count"] == 8
+        assert header.texts["general.name"] == "Demo"
+        assert header.lengths["tokenizer.ggml.tokens"] == 4096
+
+
+def test_weights_and_shape_come_from_the_header(demo_levels: dict[str, Path]) -> None:
+    read = read_weights(demo_levels["Q4_K_M"])
+    assert read is not None
+    weights, shape = read
+    assert shape == Shape(n_layers=8, n_embd=256, n_ff=1024, n_heads=8, n_heads_kv=2, head_dim=32, n_vocab=4096)
+    assert weights.total == recipes.tensor_bytes(shape, "Q4_K_M")
+    assert len(set(weights.layers)) == 2, "Q4_K_M gives some layers more bits"
+
+
+def test_tied_embeddings_count_on_the_last_device_too(tmp_path: Path) -> None:
+    path = tmp_path / "tied.gguf"
+    writer = GGUFWriter(path, "llama")
+    for key, value in (("block_count", 1), ("embedding_length", 32), ("feed_forward_length", 64)):
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_uint32("llama.attention.head_count", 4)
+    writer.add_tensor("token_embd.weight", np.zeros((100, 32), np.float32))
+    writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+    writer.add_tensor("blk.0.attn_norm.weight", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = read_weights(path)
+    assert read is not None
+    assert (read[0].host, read[0].layers, read[0].output) == (100 * 32 * 4, (32 * 4,), 100 * 32 * 4 + 32 * 4)
+    assert read[1].n_heads_kv == 4, "without its own key there are as many K and V heads as query heads"
+
+
+def test_an_unknown_layout_is_left_to_llama_cpp(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    writer = GGUFWriter(path, "mamba")
+    writer.add_tensor("token_embd.weight", np.zeros((10, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert read_weights(path) is None
+    settings = EngineSettings(n_ctx=512)
+    assert fitted(path, settings, [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB)]) is settings
+
+
+def test_a_damaged_header_is_refused(demo_levels: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(demo_levels["Q4_K_M"].read_bytes()[:5000])
+    with pytest.raises(ModelFileError, match=r"cut\.gguf: its header is damaged .*; copy it again or remake it"):
+        read_header(path)
+
+
+def test_without_a_gpu_nothing_changes(demo_levels: dict[str, Path]) -> None:
+    settings = EngineSettings(n_ctx=512)
+    cpu = Device("CPU", "", "cpu", GIB, GIB)
+    assert fitted(demo_levels["Q4_K_M"], settings, [cpu]) is settings
+    assert fitted(demo_levels["Q4_K_M"], settings, [cpu, _gpu("CUDA0", GIB)]) is settings, "one card holds all"
+
+
+def test_two_equal_cards_share_the_layers(demo_levels: dict[str, Path]) -> None:
+    split = fitted(demo_levels["Q8_0"], EngineSettings(n_ctx=512), [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB)])
+    assert split.tensor_split is not None
+    assert sum(split.tensor_split) == pytest.approx(9), "eight layers and the output"
+
+
+def test_the_users_own_placement_stands(demo_levels: dict[str, Path]) -> None:
+    cards = [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB)]
+    for settings in (EngineSettings(n_ctx=512, tensor_split=(1.0, 3.0)), EngineSettings(n_ctx=512, n_gpu_layers=3)):
+        assert fitted(demo_levels["Q8_0"], settings, cards) is settings
+
+
+def test_what_cannot_fit_is_refused_with_the_context_that_would(demo_levels: dict[str, Path]) -> None:
+    cards = [_gpu("CUDA0", 12_000_000), _gpu("CUDA1", 12_000_000)]
+    with pytest.raises(EngineError) as caught:
+        fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=2048), cards)
+    message = str(caught.value)
+    longest = re.search(r"at most --context (\d+) fits", message)
+    assert longest is not None, message
+    fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=int(longest[1])), cards)
+    with pytest.raises(EngineError):
+        fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=int(longest[1]) + 256), cards)
+    with pytest.raises(EngineError, match="take a smaller level"):
+        fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=2048), [_gpu("CUDA0", 1000), _gpu("CUDA1", 1000)])
+
+
+def test_rpc_devices_come_first_as_llama_cpp_orders_them() -> None:
+    devices = [Device("CPU", "", "cpu", 1, 1), _gpu("CUDA0", 1), _gpu("CUDA1", 1), _gpu("RPC0", 1)]
+    assert [device.name for device in in_llama_order(devices)] == ["RPC0", "CUDA0", "CUDA1"]

@@ -26,6 +26,7 @@ DEFAULT_RESERVE = 2**30
 _CONTEXT_STEP = 256  # llama.cpp rounds the KV cache up to this many tokens
 _PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: inputs are copied so often when several devices work as a pipeline
 _F32, _F16 = 4, 2
+_INDICES = 4 + 8 + 8  # of a token, in bytes: its position, and its cells in the K and in the V cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ class Placement:
         llama.cpp puts layer i of n, the output counted as layer n, on the first device whose cumulated share exceeds
         i / (n + 1) (src/llama-model.cpp, `load_tensors`); boundaries between two layers are safe from rounding.
         """
-        ends = [float(end) - 0.5 for end in accumulate(use.n_layers for use in self.uses)]
-        ends[-1] += 1.5
+        ends = [max(0.0, end - 0.5) for end in accumulate(use.n_layers for use in self.uses)]
+        ends[-1] = sum(use.n_layers for use in self.uses) + 1.0
         return tuple(end - start for start, end in zip([0.0, *ends], ends, strict=False))
 
 
@@ -104,20 +105,27 @@ def kv_bytes(shape: Shape, wish: Wish, n_layers: int | None = None) -> int:
     """Bytes of the K and V caches of that many layers (all by default) at the wished context."""
     if wish.kv_type not in KV_BYTES:
         raise EngineError(f"{wish.kv_type!r} is not a KV cache type; known: {', '.join(KV_BYTES)}")
-    n_cells = -(-wish.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP
     layers = shape.n_layers if n_layers is None else n_layers
-    return int(2 * layers * shape.kv_width * KV_BYTES[wish.kv_type] * n_cells)
+    return int(2 * layers * shape.kv_width * KV_BYTES[wish.kv_type] * _n_cells(wish))
+
+
+def _n_cells(wish: Wish) -> int:
+    """Tokens the KV cache has room for: the context, rounded up as llama.cpp does."""
+    return -(-wish.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
 def compute_bytes(shape: Shape, wish: Wish, index: int, n_devices: int) -> int:
-    """Bytes of the compute buffer of device `index`: the attention mask, one layer's activations, its input copies."""
+    """Bytes of the compute buffer of device `index`: the attention mask, one layer's activations, its input copies.
+
+    Exact for an f16 cache; with a quantized one llama.cpp takes up to n_ubatch × n_embd floats less.
+    """
     copies = _PIPELINE_COPIES if n_devices > 1 else 1
     n_ubatch = min(wish.n_ubatch, wish.n_ctx)
-    mask = copies * wish.n_ctx * n_ubatch * _F16
+    mask = copies * _n_cells(wish) * n_ubatch * _F16
     activations = n_ubatch * _F32 * 3 * (shape.n_embd + shape.n_ff)
-    inputs = 0
+    inputs = copies * n_ubatch * _INDICES
     if n_devices > 1:
-        inputs = n_ubatch * _F32 * shape.n_embd * copies * (1 if index == 0 else 2)
+        inputs += n_ubatch * _F32 * shape.n_embd * copies * (1 if index == 0 else 2)
     return mask + activations + inputs
 
 

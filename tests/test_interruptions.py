@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from quant.convert import Progress, convert, make_levels
 from quant.plan import SHARD_BYTES
 from quant.recipes import tensors
+from quant.shards import NOTHING, check_space
 from runtime.errors import CheckpointError, OutputError, UserError
 from runtime.levels import ORIGINAL
 from tests.checkpoints import DEMO, DEMO_SHAPE, TINY, weights, write_checkpoint, write_safetensors
@@ -193,7 +195,7 @@ def test_force_replaces_one_file_by_shards_and_leaves_no_other(tmp_path: Path) -
     assert sorted(visible_files(tmp_path)) == [f"Q2_K/Demo-Q2_K-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 
 
-def test_two_conversions_do_not_write_the_samevisible_files(tmp_path: Path) -> None:
+def test_two_conversions_do_not_write_the_same_files(tmp_path: Path) -> None:
     plan = demo_plan(tmp_path, "Q2_K")
     refusals: list[str] = []
 
@@ -262,6 +264,16 @@ def test_a_disk_too_small_is_told_before_the_first_byte(small_disk: Path) -> Non
     assert "free" in message
     assert "make room" in message
     assert all_files(small_disk) == []
+
+
+def test_the_free_space_is_compared_with_all_that_is_to_be_written(tmp_path: Path) -> None:
+    """Files of an exabyte each, in a folder that is still to be made."""
+    folder = tmp_path / "not" / "yet"
+    levels = demo_plan(folder, "Q2_K", "Q8_0").levels
+    huge = [replace(level, files=(replace(level.files[0], n_bytes=10**18),)) for level in levels]
+    with pytest.raises(OutputError, match=f"{folder} needs {2 * 10**18:,} bytes and its file system has .* free; make"):
+        check_space([(level, NOTHING) for level in huge], folder)
+    assert not folder.exists()
 
 
 def test_a_file_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@
     ├── EngineError           the engine refused: memory, settings, prompt too long
     └── WorkerDiedError       the engine's process ended by itself
 
+A floor adds children of its own beside what raises them: quant's for texts, results and base logits, tui's for the
+conversation store.
+
 Only the command line catches `UserError`: it prints the message on one line of stderr and exits with 1. Everything
 else that is raised is a bug and shows its traceback. A message carries both numbers where two disagree, and ends with
 what to do.

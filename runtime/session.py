@@ -5,6 +5,7 @@ one thread at a time; `stop` and `close` may be called from any thread. The conv
 every reply gets all its messages, and the worker's engine keeps the prefix it has already read.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -79,8 +80,9 @@ class Session:
     def stop(self) -> None:
         """End the reply or the load in progress. Returns at once; nothing happens where nothing is in progress."""
         worker = self._worker
-        if worker is not None and worker.is_alive():
-            worker.send(Stop())
+        if worker is not None:
+            with contextlib.suppress(WorkerDiedError):  # whoever waits for its events hears of the death
+                worker.send(Stop())
 
     def close(self) -> None:
         """End the engine's process. The session cannot be used again."""

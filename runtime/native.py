@@ -1,4 +1,4 @@
-"""llama.cpp behind types: the model, its vocabulary, the log. With native_context.py the only import of llama_cpp.
+"""llama.cpp behind types: the model, its vocabulary, the log. The only import of llama_cpp.
 
 Takes paths and token ids, gives Python values; pointers stay inside. A refused request is a `UserError` with
 llama.cpp's own error line in it. Importing this module loads the shared libraries (0.2 s); nothing is written to
@@ -9,19 +9,29 @@ import, because a wheel of another version would corrupt memory instead of faili
 """
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import EngineSettings
 from runtime.wheel import VERSION as WHEEL_VERSION
+
+# GNU OpenMP's waiting threads spin for milliseconds by default. On a machine that does anything else besides, they take
+# the core from the thread they wait for: reading a prompt was five times slower. It reads this when it is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import llama_cpp.llama_cpp
+
+lib: Any = llama_cpp.llama_cpp
+"""The bindings, for the other native modules."""
 
 _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # ggml.h, enum ggml_log_level
 
@@ -73,8 +83,6 @@ LOG = _start()
 
 def version() -> str:
     """The version of llama-cpp-python that is loaded."""
-    import llama_cpp
-
     return str(llama_cpp.__version__)
 
 

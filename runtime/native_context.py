@@ -9,13 +9,12 @@ import ctypes.util
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
 from runtime.events import Sampling
-from runtime.native import LOG, Model
+from runtime.native import LOG, Model, lib
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30, "f32": 0}
 """Names of KV cache types → ggml_type (ggml.h)."""

@@ -10,11 +10,10 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-import llama_cpp.llama_cpp as lib
-
 from runtime import native
 from runtime.errors import EngineError
 from runtime.hardware import Device
+from runtime.native import lib
 
 _KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}  # enum ggml_backend_dev_type, ggml-backend.h
 

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as lib
-
 from runtime.errors import ModelFileError
-from runtime.native import LOG, check_gguf
+from runtime.native import LOG, check_gguf, lib
 
 _UINT32, _STRING, _ARRAY = 4, 8, 9  # enum gguf_type, gguf.h
 

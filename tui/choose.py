@@ -5,6 +5,7 @@ demo's levels if need be.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,8 +69,9 @@ def ensure_levels(model: Model, levels: tuple[str, ...], folder: Path, say: Call
 def remember(choice: Choice) -> None:
     """Keep it as the model used last."""
     path = _last_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"model": choice.file.key, "level": choice.file.level}) + "\n", encoding="utf-8")
+    with contextlib.suppress(OSError):  # a convenience: a full or read-only disk must not stand in the way of a chat
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"model": choice.file.key, "level": choice.file.level}) + "\n", encoding="utf-8")
 
 
 def _usual(catalogue: Catalogue, level: str | None) -> tuple[str, str | None]:

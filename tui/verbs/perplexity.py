@@ -15,8 +15,8 @@ HELP = "what each level costs in quality, speed and size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name or a GGUF file (default: demo)")
-    parser.add_argument("--levels", default="all", help="default: all that are on disk; BF16, the base, comes with them")
+    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name or a GGUF file; default: demo")
+    parser.add_argument("--levels", default="all", help="default: all on disk; BF16, the base, comes with them")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where levels lie (default: the user's data folder)")
     parser.add_argument("--texts", default="prose,code,definitions", help="bundled names or UTF-8 files, with commas")
     parser.add_argument("--context", type=int, default=512, metavar="TOKENS", help="length of a chunk (default: 512)")
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from quant.quality.trial import Trial
     from runtime import library
     from runtime.engine import ScoringEngine
+    from runtime.errors import OutputError
     from runtime.events import EngineSettings
     from runtime.levels import ORIGINAL
     from tui.progress import ProgressLine
@@ -58,7 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
             trial, ScoringEngine, _environment(), ("bise", *sys.argv[1:]), lambda progress: _show(line, progress)
         )
     report = out / f"{name}.md"
-    report.write_text(markdown(results), encoding="utf-8")
+    try:
+        report.write_text(markdown(results), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{report}: cannot be written: {error.strerror}; the figures are in {trial.out}") from None
     if arguments.json:
         print(trial.out.read_text(encoding="utf-8"), end="")
     else:

@@ -1,0 +1,386 @@
+"""One loaded model: its logits against llama.cpp's own high-level class, its KV cache against fresh reads."""
+
+import itertools
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from runtime.engine import Engine, ScoringEngine, survivable
+from runtime.errors import EngineError, ModelFileError
+from runtime.events import EngineSettings, Sampling
+from runtime.native import has_amx_kernels
+from runtime.native_context import AbortedError
+from tests.checkpoints import DEMO
+from tests.rpc import apart
+
+SETTINGS = EngineSettings(n_ctx=256, n_batch=64, n_ubatch=32, n_threads=1)
+
+TEXT = (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:600]
+
+# ggml rounds activations to BF16 to multiply them by BF16 weights, so batches of other shapes move logits of about 10
+# by some hundredths. One token more or less in the context moves them by whole numbers.
+TOLERANCE = 0.1
+
+
+def ignore(*_: int) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def reference(demo: Path) -> Iterator[llama_cpp.Llama]:
+    """llama-cpp-python's own class, with the engine's settings."""
+    llama = llama_cpp.Llama(
+        str(demo),
+        n_ctx=256,
+        n_batch=64,
+        n_ubatch=32,
+        n_threads=1,
+        n_threads_batch=1,
+        flash_attn=True,
+        logits_all=True,
+        verbose=False,
+    )
+    yield llama
+    llama.close()
+
+
+@pytest.fixture(scope="module")
+def engine(demo: Path) -> Iterator[Engine]:
+    engine = Engine(demo, SETTINGS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def opened(demo: Path) -> Iterator[Callable[..., Engine]]:
+    """Opens engines on the demo with some settings, and closes them."""
+    engines: list[Engine] = []
+
+    def open_engine(path: Path = demo, **settings: object) -> Engine:
+        engines.append(Engine(path, replace(SETTINGS, **settings)))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield open_engine
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def ids(reference: llama_cpp.Llama) -> list[int]:
+    """The text's first 120 ids, BOS in front."""
+    return reference.tokenize(TEXT.encode())[:120]
+
+
+def fresh(engine: Engine, ids: list[int]) -> NDArray[np.float32]:
+    """Logits after the ids, read with nothing kept."""
+    engine.read([ids[0] + 1, *ids[1:]], ignore)
+    assert engine.read(ids, ignore) == 0
+    return engine.logits().copy()
+
+
+# Logits
+
+
+def test_the_logits_are_llama_cpps(engine: Engine, reference: llama_cpp.Llama, ids: list[int]) -> None:
+    assert engine.vocabulary.tokenize(TEXT, bos=True)[:120] == ids
+    reference.reset()  # type: ignore[no-untyped-call]
+    reference.eval(ids)
+    # The same batches: only the last product, of one row instead of all, sums in another order.
+    np.testing.assert_allclose(fresh(engine, ids), reference.scores[len(ids) - 1], atol=1e-4)
+
+
+def test_the_logits_of_chunks_are_llama_cpps(demo: Path, reference: llama_cpp.Llama, ids: list[int]) -> None:
+    n_ctx, first = 32, 20
+    scoring = ScoringEngine(demo, replace(SETTINGS, n_ctx=n_ctx))
+    chunks = np.array([ids[:n_ctx], ids[n_ctx : 2 * n_ctx]], np.int32)
+    logits = scoring.logits(chunks, first)
+    assert logits.shape == (2, n_ctx - first, scoring.n_vocab)
+    for chunk, rows in zip(chunks, logits, strict=True):
+        reference.reset()  # type: ignore[no-untyped-call]
+        reference.eval(chunk.tolist())
+        np.testing.assert_allclose(rows, reference.scores[first:n_ctx], atol=TOLERANCE)
+    np.testing.assert_allclose(scoring.logits(chunks[1:], first)[0], reference.scores[first:n_ctx], atol=TOLERANCE)
+    scoring.close()
+
+
+def test_a_chunk_must_divide_the_batch(demo: Path) -> None:
+    with pytest.raises(EngineError, match="a chunk of 48 tokens does not divide the batch of 64"):
+        ScoringEngine(demo, replace(SETTINGS, n_ctx=48))
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0", "bf16"])
+def test_every_kv_type_answers_nearly_the_same(
+    kv_type: str, opened: Callable[..., Engine], engine: Engine, ids: list[int]
+) -> None:
+    exact, rounded = fresh(engine, ids), fresh(opened(kv_type=kv_type), ids)
+    assert np.corrcoef(exact, rounded)[0, 1] > 0.99
+    assert not np.array_equal(exact, rounded)
+
+
+def test_an_unknown_kv_type_is_told_with_the_known(opened: Callable[..., Engine]) -> None:
+    with pytest.raises(EngineError, match="'q7_0' is not a KV cache type; known: f16, q8_0, q4_0, bf16, f32"):
+        opened(kv_type="q7_0")
+
+
+# Answers
+
+
+def answer(engine: Engine, ids: list[int], n: int, sampling: Sampling) -> list[int]:
+    engine.read(ids, ignore)
+    engine.start_sampling(sampling)
+    drawn = []
+    for _ in range(n):
+        drawn.append(engine.next())
+        engine.extend(drawn[-1])
+    return drawn
+
+
+def test_the_greedy_answer_is_llama_cpps(engine: Engine, reference: llama_cpp.Llama, ids: list[int]) -> None:
+    reference.reset()  # type: ignore[no-untyped-call]
+    theirs = list(itertools.islice(reference.generate(ids, temp=0.0, repeat_penalty=1.0), 40))
+    assert answer(engine, ids, 40, Sampling(temperature=0.0)) == theirs
+
+
+def test_a_seed_repeats_an_answer_and_another_changes_it(engine: Engine, ids: list[int]) -> None:
+    first, again, other = (answer(engine, ids, 30, Sampling(temperature=1.5, seed=seed)) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_without_a_seed_answers_differ(engine: Engine, ids: list[int]) -> None:
+    assert len({tuple(answer(engine, ids, 30, Sampling(temperature=1.5))) for _ in range(3)}) > 1
+
+
+def test_top_k_draws_from_the_likeliest(engine: Engine, ids: list[int]) -> None:
+    likeliest = set(np.argsort(fresh(engine, ids))[-3:].tolist())
+    drawn = {answer(engine, ids, 1, Sampling(temperature=10.0, top_k=3, top_p=1.0, seed=seed))[0] for seed in range(60)}
+    assert drawn == likeliest
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.5), ("min_p", 0.2)])
+def test_top_p_and_min_p_cut_the_tail(name: str, value: float, engine: Engine, ids: list[int]) -> None:
+    logits = fresh(engine, ids).astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares)
+    if name == "top_p":
+        kept = order[: int(np.searchsorted(np.cumsum(shares[order]), value)) + 1]
+    else:
+        kept = order[shares[order] >= value * shares.max()]
+    sampling = replace(Sampling(temperature=10.0, top_p=1.0), **{name: value})  # type: ignore[arg-type]
+    drawn = {answer(engine, ids, 1, replace(sampling, seed=seed))[0] for seed in range(60)}
+    assert drawn <= set(kept.tolist())
+    assert len(kept) == 1 or len(drawn) > 1
+
+
+def test_a_penalty_keeps_the_last_tokens_from_coming_back(engine: Engine, ids: list[int]) -> None:
+    plain = answer(engine, ids, 60, Sampling(temperature=0.0))
+    varied = answer(engine, ids, 60, Sampling(temperature=0.0, repeat_penalty=5.0))
+    assert len(set(varied)) > len(set(plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("temperature", -0.1, 10.1),
+        ("top_k", -1, 2**31),
+        ("top_p", -0.01, 1.01),
+        ("min_p", -0.01, 1.01),
+        ("repeat_penalty", 0.0, 10.5),
+        ("seed", -1, 2**32),
+        ("max_tokens", 0, 2**31),
+    ],
+)
+def test_settings_have_ranges(name: str, low: float, high: float) -> None:
+    for value in (low, high):
+        with pytest.raises(ValueError, match=f"{name} is {value}; it must lie between"):
+            replace(Sampling(), **{name: value})  # type: ignore[arg-type]
+
+
+# The KV cache
+
+
+@pytest.mark.parametrize("common", [1, 40, 63, 64, 65])
+def test_a_new_prompt_keeps_exactly_the_common_prefix(
+    common: int, engine: Engine, ids: list[int], opened: Callable[..., Engine]
+) -> None:
+    other = [*ids[:common], *([ids[common] + 1] * 20)]
+    steps: list[tuple[int, int, int]] = []
+    fresh(engine, ids)
+    assert engine.read(other, lambda *step: steps.append(step)) == common
+    assert steps[0] == (common, len(other), common)
+    assert steps[-1] == (len(other), len(other), common)
+    assert engine.context_used == len(other)
+    np.testing.assert_allclose(engine.logits(), fresh(opened(), other), atol=TOLERANCE)
+
+
+def test_a_longer_conversation_reads_only_what_is_new(engine: Engine, ids: list[int]) -> None:
+    expected = fresh(engine, ids)
+    fresh(engine, ids[:50])
+    assert engine.read(ids, ignore) == 50
+    np.testing.assert_allclose(engine.logits(), expected, atol=TOLERANCE)
+
+
+def test_the_same_prompt_again_reads_its_last_token(engine: Engine, ids: list[int]) -> None:
+    expected = fresh(engine, ids)
+    assert engine.read(ids, ignore) == len(ids) - 1
+    np.testing.assert_allclose(engine.logits(), expected, atol=TOLERANCE)
+    assert engine.read(ids[:10], ignore) == 9
+    assert engine.context_used == 10
+
+
+def test_an_answer_is_kept_for_the_next_turn(engine: Engine, ids: list[int]) -> None:
+    drawn = answer(engine, ids, 5, Sampling(temperature=0.0))
+    assert engine.read([*ids, *drawn, 400], ignore) == len(ids) + 5
+
+
+def test_progress_is_told_after_each_batch(engine: Engine, ids: list[int]) -> None:
+    steps: list[tuple[int, int, int]] = []
+    engine.read([400], ignore)
+    engine.read(ids, lambda *step: steps.append(step))
+    n = len(ids)
+    assert steps == [(0, n, 0), (64, n, 0), (n, n, 0)]
+
+
+def test_an_abort_keeps_what_was_read_and_going_on_gives_the_same(
+    opened: Callable[..., Engine], ids: list[int], engine: Engine
+) -> None:
+    stopped = opened(n_batch=32)
+    with pytest.raises(AbortedError):
+        stopped.read(ids, lambda done, *_: stopped.abort(done >= 64))
+    assert stopped.context_used == 64
+    with pytest.raises(AbortedError):
+        stopped.read(ids, ignore)
+    stopped.abort(False)
+    assert stopped.read(ids, ignore) == 64
+    np.testing.assert_allclose(stopped.logits(), fresh(engine, ids), atol=TOLERANCE)
+
+
+def test_an_abort_before_the_next_token_keeps_the_answer(opened: Callable[..., Engine], ids: list[int]) -> None:
+    stopped = opened()
+    drawn = answer(stopped, ids, 3, Sampling(temperature=0.0))
+    token = stopped.next()
+    stopped.abort()
+    with pytest.raises(AbortedError):
+        stopped.extend(token)
+    assert stopped.context_used == len(ids) + 3
+    stopped.abort(False)
+    assert stopped.read([*ids, *drawn, token], ignore) == len(ids) + 3
+
+
+def test_the_context_can_be_filled_to_the_last_position(opened: Callable[..., Engine], ids: list[int]) -> None:
+    small = opened(n_ctx=32)
+    small.read(ids[:31], ignore)
+    assert small.has_room()
+    small.extend(ids[31])
+    assert not small.has_room()
+    assert small.context_used == 32
+    assert np.isfinite(small.logits()).all()
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_with_both_numbers(
+    opened: Callable[..., Engine], ids: list[int]
+) -> None:
+    small = opened(n_ctx=32)
+    with pytest.raises(EngineError) as error:
+        small.read(ids[:32], ignore)
+    assert str(error.value) == (
+        "the conversation has 32 tokens and the context holds 32; start a new conversation or raise --context"
+    )
+    with pytest.raises(EngineError, match="the prompt is empty"):
+        small.read([], ignore)
+    assert small.read(ids[:31], ignore) == 0
+
+
+# Loading
+
+
+def test_a_loaded_model_says_what_it_is(engine: Engine, demo: Path) -> None:
+    info = engine.info()
+    tensors = gguf.GGUFReader(demo).tensors
+    assert info.tensor_bytes == sum(tensor.n_bytes for tensor in tensors)
+    assert info.n_params == sum(tensor.n_elements for tensor in tensors)
+    assert (info.n_layers, info.n_ctx_train, engine.vocabulary.n_tokens) == (8, 2048, 4096)
+
+
+def test_progress_goes_from_0_to_1(demo: Path) -> None:
+    shares: list[float] = []
+
+    def note(share: float) -> bool:
+        shares.append(share)
+        return True
+
+    Engine(demo, SETTINGS, note).close()
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_a_cancelled_load_is_an_ordinary_error(demo: Path) -> None:
+    with pytest.raises(EngineError, match="loading was cancelled"):
+        Engine(demo, SETTINGS, lambda share: share < 0.3)
+    Engine(demo, SETTINGS).close()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=f"{tmp_path}/no.gguf: no such file; `bise models` lists"):
+        Engine(tmp_path / "no.gguf", SETTINGS)
+
+
+def test_a_folder_is_told_from_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=f"{tmp_path}: a folder; name the .gguf file in it"):
+        Engine(tmp_path, SETTINGS)
+
+
+def test_a_file_that_is_no_gguf_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    for data in (b"", b"PK\x03\x04zip"):
+        path.write_bytes(data)
+        with pytest.raises(ModelFileError, match=f"{path}: not a GGUF file"):
+            Engine(path, SETTINGS)
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.01, 0.0001])
+def test_a_file_that_was_cut_off_is_told_in_one_line(kept: float, demo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    shutil.copy(demo, path)
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * kept))
+    with pytest.raises(ModelFileError) as error:
+        Engine(path, SETTINGS)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+
+
+def contexts_in_little_memory(path: Path) -> list[str]:
+    """The errors of a context of 2 GiB and a small one, where 1 GiB can be had. Runs in its own process."""
+    n_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = n_pages * resource.getpagesize() + 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    errors = []
+    for n_ctx in (2**20, 256):
+        try:
+            Engine(path, replace(SETTINGS, n_ctx=n_ctx)).close()
+        except EngineError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_context_that_does_not_fit_is_an_ordinary_error(demo: Path) -> None:
+    (error,) = apart(contexts_in_little_memory, demo)
+    assert error.startswith("a context of 1048576 tokens with a f16 KV cache does not fit (")
+    assert error.endswith("); take a smaller --context or a smaller --kv")
+    assert "\n" not in error
+
+
+def test_amx_code_is_not_used_where_the_wheel_holds_it() -> None:
+    assert survivable(SETTINGS).use_extra_bufts is not has_amx_kernels()
+    off = replace(SETTINGS, use_extra_bufts=False)
+    assert survivable(off) is off

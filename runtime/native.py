@@ -269,6 +269,6 @@ def _load_error(path: Path) -> Exception:
     text = " ".join(lines)
     if "alloc" in text or "out of memory" in text:
         return EngineError(f"{path.name}: not enough memory to load it ({cause}); `bise plan` says which level fits")
-    if "not within the file bounds" in text or "corrupted" in text:
+    if any(sign in text for sign in ("not within the file bounds", "corrupted", "gguf_init", "failed to read")):
         return ModelFileError(f"{path}: cut off or damaged ({cause}); copy it again or remake it with `bise quantize`")
     return ModelFileError(f"{path}: llama.cpp cannot load it: {cause}")

@@ -15,7 +15,7 @@ HELP = "what each level costs in quality, speed and size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name or a GGUF file; default: demo")
+    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name or a file (default: demo)")
     parser.add_argument("--levels", default="all", help="default: all on disk; BF16, the base, comes with them")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where levels lie (default: the user's data folder)")
     parser.add_argument("--texts", default="prose,code,definitions", help="bundled names or UTF-8 files, with commas")

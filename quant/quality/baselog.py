@@ -10,9 +10,10 @@ tools/perplexity/perplexity.cpp:77, :457, :516). Where it only logs that a file 
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,47 +68,64 @@ class BaseLogWriter:
         """`chunks` (C, n_ctx) are the text's own tokens, without BOS in the place of each first."""
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._n_chunks, n_ctx = chunks.shape
+        self._n_vocab = n_vocab
+        self._chunks = chunks
         self._n_written = 0
-        needed = file_bytes(n_ctx, n_vocab, self._n_chunks)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise OutputError(
-                f"{path.parent}: the base log-probabilities need {needed:,} bytes and {free:,} are free; name another "
-                "folder or take fewer chunks"
-            )
-        self._file: BinaryIO = self._temporary.open("wb")
-        self._write(_MAGIC + np.array([n_ctx, n_vocab, self._n_chunks], "<i4").tobytes())
-        self._write(np.ascontiguousarray(chunks, "<i4").data)
 
     def append(self, logits: NDArray[np.float32]) -> None:
         """The next chunk's rows, (n_scored, V)."""
-        assert self._n_written < self._n_chunks, "more chunks than announced"
+        assert self._n_written < len(self._chunks), "more chunks than announced"
         self._write(encode(logits).view(np.uint8).data)
         self._n_written += 1
 
     def __enter__(self) -> Self:
+        n_chunks, n_ctx = self._chunks.shape
+        needed = file_bytes(n_ctx, self._n_vocab, n_chunks)
+        folder = self._path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise OutputError(
+                    f"{folder}: the base log-probabilities need {needed:,} bytes and {free:,} are free; name another "
+                    "folder or take fewer chunks"
+                )
+            self._file = self._temporary.open("wb")
+        except OSError as error:
+            raise self._refused(error) from None
+        try:
+            self._write(_MAGIC + np.array([n_ctx, self._n_vocab, n_chunks], "<i4").tobytes())
+            self._write(np.ascontiguousarray(self._chunks, "<i4").data)
+        except OutputError:
+            self._close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         try:
             if kind is None:
-                assert self._n_written == self._n_chunks, (self._n_written, self._n_chunks)
+                assert self._n_written == len(self._chunks), (self._n_written, len(self._chunks))
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._temporary.replace(self._path)
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from None
+            raise self._refused(error) from None
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self._close()
 
     def _write(self, data: bytes | memoryview) -> None:
         try:
             self._file.write(data)
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error.strerror}; free some space") from None
+            raise self._refused(error) from None
+
+    def _close(self) -> None:
+        with suppress(OSError):  # what could not be written is tried again here, and has been told of
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _refused(self, error: OSError) -> OutputError:
+        return OutputError(f"{self._path}: cannot be written: {error.strerror}; free some space or name another folder")
 
 
 class BaseLog:
@@ -141,7 +159,7 @@ class BaseLog:
         if actual != expected:
             raise BaseLogError(
                 f"{self.path}: {actual:,} bytes, but {self.n_chunks} chunks take {expected:,}; it is cut off or "
-                "damaged: make it again"
+                "damaged: delete it and run again"
             )
         tokens = np.frombuffer(self._file.read(4 * self.n_ctx * self.n_chunks), "<i4")
         self.chunks = tokens.astype(np.int32).reshape(self.n_chunks, self.n_ctx)
@@ -157,7 +175,9 @@ class BaseLog:
             ("a number of chunks of", n_chunks, self.n_chunks),
         ):
             if ours != theirs:
-                raise BaseLogError(f"{self.path}: made with {what} {theirs}, and this run has {ours}; make it again")
+                raise BaseLogError(
+                    f"{self.path}: made with {what} {theirs}, and this run has {ours}; delete it and run again"
+                )
         different = np.flatnonzero(self.chunks.reshape(-1) != chunks.reshape(-1))
         if len(different):
             at = int(different[0])
@@ -170,7 +190,7 @@ class BaseLog:
         """The next chunk's rows, (n_scored, V): views that the next call overwrites."""
         buffer = self._rows.view(np.uint8)
         if self._file.readinto(buffer.data) != buffer.nbytes:
-            raise BaseLogError(f"{self.path}: ended early; something else changed it: make it again")
+            raise BaseLogError(f"{self.path}: ended early; something else changed it: delete it and run again")
         return BaseRows(self._rows["scale"], self._rows["low"], self._rows["steps"][:, : self.n_vocab])
 
     def __enter__(self) -> Self:

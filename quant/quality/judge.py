@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from quant.quality.baselog import BaseLog, BaseLogWriter
 from quant.quality.measurement import Measurement, Scorer, measure
-from quant.quality.results import Environment, ModelRecord, Results, Row, save
+from quant.quality.results import Environment, ModelRecord, Results, Row, Run, save
 from quant.quality.statistics import divergence, perplexity
 from quant.quality.texts import Text, split_chunks
 from quant.quality.trial import LevelFile, Trial, begin, examine
@@ -65,7 +66,7 @@ def judge(
     OutputError, ModelFileError and EngineError. Whatever ends it early, Ctrl-C too, the rows measured so far are in the
     file, and the base log-probabilities stay for the next run.
     """
-    return _Judging(trial, open_scorer, begin(trial, environment, command), progress).run()
+    return _Judging(trial, open_scorer, begin(trial, environment), progress).run(command)
 
 
 class _Judging:
@@ -82,7 +83,7 @@ class _Judging:
         self._began: float | None = None  # when the first text was
         self._run_chunks = 0  # done by this run
 
-    def run(self) -> Results:
+    def run(self, command: Sequence[str]) -> Results:
         trial = self._trial
         for file in trial.levels:
             self._examine(file, only_known=True)  # refuse now what would be refused in hours
@@ -91,6 +92,9 @@ class _Judging:
         self._order = [(file, left[file.level]) for file in trial.others if left[file.level]]
         if trial.base_file is not None and (texts := self._base_texts(trial.base_file)):
             self._order.insert(0, (trial.base_file, texts))
+        if self._order:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._results = replace(self._results, runs=(*self._results.runs, Run(now, tuple(command))))
         for file, texts in self._order:
             self._judge_level(file, texts)
         if not trial.keep_base:
@@ -117,8 +121,8 @@ class _Judging:
         if known is None and only_known:
             return
         record = examine(file, known, lambda share: self._report("check", file, part=share))
-        others = tuple(model for model in self._results.models if model.level != file.level)
-        self._results = replace(self._results, models=(*others, record))
+        models = tuple(record if model == known else model for model in self._results.models)
+        self._results = replace(self._results, models=models if known is not None else (*models, record))
 
     def _judge_level(self, file: LevelFile, texts: Sequence[Text]) -> None:
         """Load a model once and measure it on each text."""
@@ -194,8 +198,9 @@ class _Judging:
 
     def _keep(self, row: Row) -> None:
         """Enter a row in the results, in place of an older one of its level and text, and save them."""
-        others = tuple(r for r in self._results.results if (r.level, r.text) != (row.level, row.text))
-        self._results = replace(self._results, results=(*others, row))
+        old = self._results.row(row.level, row.text)
+        rows = tuple(row if other is old else other for other in self._results.results)
+        self._results = replace(self._results, results=rows if old is not None else (*rows, row))
         save(self._results, self._trial.out)
 
     def _base_record(self) -> ModelRecord | None:

@@ -6,9 +6,8 @@ again only when size or time changed. Knows nothing of scoring.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from quant.quality.results import (
     ModelRecord,
     Results,
     ResultsError,
-    Run,
     TextRecord,
     hash_file,
     load,
@@ -88,8 +86,8 @@ class Trial:
         return self.out.with_name(f"{self.out.stem}-base")
 
 
-def begin(trial: Trial, environment: Environment, command: Sequence[str]) -> Results:
-    """The result file as it stands, with this run and its texts entered, or a new one. Writes nothing.
+def begin(trial: Trial, environment: Environment) -> Results:
+    """The result file as it stands, with this trial's texts entered, or a new one. Writes nothing.
 
     Raises ResultsError where the file is of another measurement.
     """
@@ -107,16 +105,15 @@ def begin(trial: Trial, environment: Environment, command: Sequence[str]) -> Res
         texts=texts,
         results=(),
     )
-    if trial.out.exists() and not trial.overwrite:
-        old = load(trial.out)
-        for what, ours, theirs in _differences(results, old):
-            raise ResultsError(
-                f"{trial.out} was measured with {what} {theirs} and this run has {ours}; name another file, or begin "
-                "anew with --force"
-            )
-        results = replace(old, texts=old.texts + tuple(text for text in texts if text not in old.texts))
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return replace(results, runs=(*results.runs, Run(now, tuple(command))))
+    if not trial.out.exists() or trial.overwrite:
+        return results
+    old = load(trial.out)
+    for what, ours, theirs in _differences(results, old):
+        raise ResultsError(
+            f"{trial.out} was measured with {what} {theirs} and this run has {ours}; name another file, or begin anew "
+            "with --force"
+        )
+    return replace(old, texts=old.texts + tuple(text for text in texts if text not in old.texts))
 
 
 def examine(

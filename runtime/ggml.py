@@ -4,7 +4,7 @@ Takes and gives contiguous numpy arrays: float32 rows (rows, row_length) in, the
 releases the GIL, so threads run these functions side by side. The library is opened at the first call, and
 `llama_cpp` is not imported for it. Knows nothing of files, models or levels.
 
-Source: ggml/include/ggml.h and gguf.h of llama.cpp, commit 0c1e57098.
+Source: ggml/include/ggml.h of llama.cpp, commit 0c1e57098.
 """
 
 import ctypes

@@ -94,7 +94,9 @@ class Answerer:
         engine, vocabulary = self._engine, self._engine.vocabulary
         engine.start_sampling(reply.sampling)
         # SentencePiece writes the space before the first word into its token; an answer does not begin with a space.
-        strip_first = vocabulary.is_spm and reply.messages[-1].role != "assistant"
+        last = reply.messages[-1]
+        goes_on = last.role == "assistant" and bool(last.content.strip())
+        strip_first = vocabulary.is_spm and not goes_on
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
         reason: StopReason | None = None
         n_answer = 0

@@ -46,6 +46,8 @@ class _Log:
 
     def __init__(self) -> None:
         self.lines: deque[tuple[int, str]] = deque(maxlen=400)
+        self.on_error: Callable[[str], None] | None = None
+        """Also called with each error line, from whichever thread wrote it."""
         self._callback = lib.llama_log_callback(self._write)  # a reference: the library keeps only the pointer
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
 
@@ -56,6 +58,8 @@ class _Log:
             self.lines.append((last_level, last + line))
         else:
             self.lines.append((level, line))
+            if level == _LEVEL_ERROR and self.on_error is not None:
+                self.on_error(line.strip())
 
     def errors(self) -> list[str]:
         """Error lines since the last `clear`, newest last, without llama.cpp's function-name prefixes."""
@@ -208,7 +212,7 @@ class Model:
             params.progress_callback = lib.llama_progress_callback(report)
             keep.append(params.progress_callback)
         LOG.clear()
-        self._model = lib.llama_model_load_from_file(str(path).encode(), params)
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         del keep
         if not self._model:
             if cancelled:

@@ -7,10 +7,11 @@ every reply gets all its messages, and the worker's engine keeps the prefix it h
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from runtime.errors import EngineError, WorkerDiedError
 from runtime.events import (
+    Event,
     Failed,
     Finished,
     Load,
@@ -38,17 +39,14 @@ class Session:
         self._changing = threading.Lock()
 
     def load(self) -> Iterator[LoadEvent]:
-        """Start the engine's process, if need be, and load the model: `LoadProgress`…, `Loaded`. Raises UserError."""
-        worker = self._start()
-        worker.send(self._load)
-        while True:
-            event = worker.receive()
-            if isinstance(event, Failed):
-                raise EngineError(event.message)
-            assert isinstance(event, LoadProgress | Loaded), event
-            yield event
-            if isinstance(event, Loaded):
-                return
+        """Start the engine's process, if need be, and load the model: `LoadProgress`…, `Loaded`. Raises UserError.
+
+        A caller that leaves early cancels the load.
+        """
+        with contextlib.closing(self._events(self._start(), self._load)) as events:
+            for event in events:
+                assert isinstance(event, LoadProgress | Loaded), event
+                yield event
 
     def reply(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ReplyEvent]:
         """Answer the conversation: `PromptProgress`…, `Piece`…, `Finished`. Raises UserError.
@@ -58,24 +56,10 @@ class Session:
         worker = self._worker
         if worker is None:
             raise EngineError("no model is loaded")
-        worker.send(Reply(tuple(messages), sampling))
-        done = False
-        try:
-            while not done:
-                event = worker.receive()
-                done = isinstance(event, Finished | Failed)
-                if isinstance(event, Failed):
-                    raise EngineError(event.message)
+        with contextlib.closing(self._events(worker, Reply(tuple(messages), sampling))) as events:
+            for event in events:
                 assert isinstance(event, PromptProgress | Piece | Finished), event
                 yield event
-        except WorkerDiedError:
-            done = True
-            raise
-        finally:
-            if not done:
-                self.stop()
-                while not isinstance(worker.receive(), Finished | Failed):
-                    pass
 
     def stop(self) -> None:
         """End the reply or the load in progress. Returns at once; nothing happens where nothing is in progress."""
@@ -91,6 +75,24 @@ class Session:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
+
+    def _events(self, worker: Worker, command: Load | Reply) -> Generator[Event, None, None]:
+        """What the worker says to a command. Leaving early stops it, and none of its events are left for the next."""
+        worker.send(command)
+        done = False
+        try:
+            while not done:
+                event = worker.receive()
+                done = isinstance(event, Loaded | Finished | Failed)
+                if isinstance(event, Failed):
+                    raise EngineError(event.message)
+                yield event
+        finally:
+            with contextlib.suppress(WorkerDiedError):  # told where it was found, or by the next command
+                if not done:
+                    worker.send(Stop())
+                while not done:
+                    done = isinstance(worker.receive(), Loaded | Finished | Failed)
 
     def _start(self) -> Worker:
         with self._changing:

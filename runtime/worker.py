@@ -28,6 +28,8 @@ _LAST_WORDS_BYTES = 4096
 
 _ABORT = re.compile(r"^\S*\.(?:c|cpp|cu|h):\d+: ")  # ggml_abort's prefix: the source file and line
 
+_LOGGED = "llama.cpp: "  # in front of the error lines of llama.cpp's log, in the process's stderr
+
 _CAUSES = {
     signal.SIGKILL: "killed from outside, or the machine ran out of memory",
     signal.SIGILL: "the wheel holds instructions this CPU does not have, or was built without Bise's flags",
@@ -42,18 +44,19 @@ class Worker:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        # -P: a folder called `runtime` in the user's working directory must not be imported instead of ours.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "runtime.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self._stderr,
-            stderr=self._stderr,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # on a failed assertion ggml would start gdb
-        )
-        theirs.close()
+        with theirs:
+            # -P: a folder called `runtime` in the user's working directory must not be imported instead of ours.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "runtime.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
+                env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # on a failed assertion ggml would start gdb
+            )
         self._connection = Connection(ours.detach())
-        self._sending = threading.Lock()
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        self._closing = False
 
     @property
     def pid(self) -> int:
@@ -69,17 +72,19 @@ class Worker:
 
     def receive(self) -> Event:
         """Wait for the next event. Raises WorkerDiedError."""
-        try:
-            event: Event = self._connection.recv()
-        except (EOFError, OSError):
-            raise self._death() from None
-        return event
+        with self._receiving:
+            try:
+                event: Event = self._connection.recv()
+            except (EOFError, OSError):
+                raise self._death() from None
+            return event
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the process: politely, then by force."""
+        """End the process: politely, then by force. A `receive` in another thread raises WorkerDiedError."""
+        self._closing = True
         with contextlib.suppress(WorkerDiedError):
             self.send(Quit())
         try:
@@ -87,8 +92,9 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._connection.close()
-        self._stderr.close()
+        with self._sending, self._receiving:  # who waited on the other side has seen the end by now
+            self._connection.close()
+            self._stderr.close()
 
     def _death(self) -> WorkerDiedError:
         try:
@@ -96,6 +102,8 @@ class Worker:
         except subprocess.TimeoutExpired:  # it closed its socket but lives: nothing more can come from it
             self._process.kill()
             code = self._process.wait()
+        if self._closing:
+            return WorkerDiedError("the engine was closed")
         if code < 0:
             name = signal.Signals(-code).name
             cause = f"ended by {name}"
@@ -103,21 +111,32 @@ class Worker:
                 cause += f" ({reason})"
         else:
             cause = f"ended with exit code {code}"
-        words = self._last_words()
+        words = last_words(self._said())
         return WorkerDiedError(
             f"the engine's process {cause}{f': {words}' if words else ''}; it can be started again, "
             "and `bise doctor` tests the engine"
         )
 
-    def _last_words(self) -> str:
-        """The last line the process wrote to its stderr: llama.cpp's assertion, or a traceback's end."""
-        if self._stderr.closed:
-            return ""
-        size = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, size - _LAST_WORDS_BYTES))
-        lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        abort = next((line for line in lines if _ABORT.search(line)), None)
-        return _ABORT.sub("", abort) if abort else (lines[-1] if lines else "")
+    def _said(self) -> str:
+        """The end of what the process wrote to its stderr."""
+        descriptor = self._stderr.fileno()
+        start = max(0, os.fstat(descriptor).st_size - _LAST_WORDS_BYTES)
+        return os.pread(descriptor, _LAST_WORDS_BYTES, start).decode("utf-8", "replace")
+
+
+def last_words(stderr: str) -> str:
+    """Why a process ended, in one line: llama.cpp's failed assertion, else the last line, such as a traceback's end.
+
+    Where llama.cpp gives up on a device, the assertion says `CUDA error` alone; the cause stands in the log before it.
+    Other lines of the log are of errors the process survived.
+    """
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        if _ABORT.match(line):
+            words = _ABORT.sub("", line)
+            logged = (other.removeprefix(_LOGGED) for other in reversed(lines[:i]) if other.startswith(_LOGGED + words))
+            return next(logged, words)
+    return next((line for line in reversed(lines) if not line.startswith(_LOGGED)), "")
 
 
 class _Inbox:
@@ -171,6 +190,9 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     inbox = _Inbox(connection)
     from runtime.answering import Answerer  # loads the shared libraries
+    from runtime.native import LOG
+
+    LOG.on_error = lambda line: print(_LOGGED + line, file=sys.stderr)  # noqa: T201 - to be its last words
 
     answerer: Answerer | None = None
     for command in inbox:

@@ -1,0 +1,248 @@
+"""The engine's process: its deaths and what is said of them, its owner's death, stops that come early."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import WorkerDiedError
+from runtime.events import EngineSettings, Event, Failed, Finished, Load, Loaded, Message, Reply, Sampling, Stop
+from runtime.worker import Worker, last_words
+from tests.checkpoints import DEMO
+from tests.rpc import rpc_servers
+
+LONG = Message("user", (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:6000])
+GREEDY = Sampling(temperature=0.0)
+
+
+def load(path: Path, **settings: object) -> Load:
+    engine = EngineSettings(n_ctx=2048, n_batch=256, n_threads=1, **settings)  # type: ignore[arg-type]
+    return Load(path, engine, "mistral-v3", DEMO / "tokenizer.model")
+
+
+def events(worker: Worker) -> Iterator[Event]:
+    """Events up to the last of a command."""
+    while True:
+        event = worker.receive()
+        yield event
+        if isinstance(event, Loaded | Finished | Failed):
+            return
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def loaded(worker: Worker, demo: Path) -> Worker:
+    """A worker that holds the demo."""
+    worker.send(load(demo))
+    *_, last = events(worker)
+    assert isinstance(last, Loaded), last
+    return worker
+
+
+def test_a_reply_without_a_model_fails_and_the_process_lives(worker: Worker) -> None:
+    worker.send(Reply((Message("user", "Hi"),)))
+    assert worker.receive() == Failed("no model is loaded")
+    assert worker.is_alive()
+
+
+def test_a_failed_load_leaves_a_process_that_can_load(worker: Worker, demo: Path, tmp_path: Path) -> None:
+    worker.send(load(tmp_path / "no.gguf"))
+    assert worker.receive() == Failed(f"{tmp_path}/no.gguf: no such file; `bise models` lists what is on disk")
+    worker.send(load(demo))
+    assert isinstance(list(events(worker))[-1], Loaded)
+
+
+def test_a_second_model_takes_the_place_of_the_first(loaded: Worker, demo_levels: dict[str, Path]) -> None:
+    loaded.send(load(demo_levels["Q8_0"]))
+    last = list(events(loaded))[-1]
+    assert isinstance(last, Loaded)
+    assert "Q8_0" in last.description
+    loaded.send(Reply((Message("user", "Define a horse."),), Sampling(max_tokens=3)))
+    assert isinstance(list(events(loaded))[-1], Finished)
+
+
+def test_a_stop_right_behind_a_reply_reaches_it(loaded: Worker) -> None:
+    for attempt in range(20):
+        loaded.send(Reply((LONG, Message("user", f"Attempt {attempt}.")), GREEDY))
+        loaded.send(Stop())
+        last = list(events(loaded))[-1]
+        assert isinstance(last, Finished)
+        assert last.reason == "stopped"
+        assert last.context_used < last.prompt_tokens
+
+
+def test_a_stop_right_behind_a_load_cancels_it(worker: Worker, demo: Path) -> None:
+    worker.send(load(demo))
+    worker.send(Stop())
+    assert list(events(worker))[-1] == Failed("loading was cancelled")
+
+
+def test_a_stop_that_finds_nothing_to_stop_does_not_stop_the_next_reply(loaded: Worker) -> None:
+    loaded.send(Stop())
+    loaded.send(Reply((Message("user", "Define a horse."),), Sampling(max_tokens=2)))
+    last = list(events(loaded))[-1]
+    assert isinstance(last, Finished)
+    assert last.answer_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [
+        (signal.SIGKILL, "SIGKILL (killed from outside, or the machine ran out of memory)"),
+        (signal.SIGILL, "SIGILL (the wheel holds instructions this CPU does not have, or was built without"),
+        (signal.SIGSEGV, "SIGSEGV (a fault inside llama.cpp)"),
+        (signal.SIGTERM, "SIGTERM;"),
+    ],
+)
+def test_a_death_is_told_with_its_signal(number: signal.Signals, cause: str, worker: Worker) -> None:
+    worker.send(Reply(()))
+    assert isinstance(worker.receive(), Failed)
+    os.kill(worker.pid, number)
+    for _ in range(2):  # asked again, it says the same
+        with pytest.raises(WorkerDiedError) as error:
+            worker.receive()
+        assert str(error.value).startswith(f"the engine's process ended by {cause}")
+        assert str(error.value).endswith("; it can be started again, and `bise doctor` tests the engine")
+    with pytest.raises(WorkerDiedError, match=number.name):
+        worker.send(Stop())
+    assert not worker.is_alive()
+
+
+def test_a_bug_is_told_with_the_end_of_its_traceback(loaded: Worker) -> None:
+    loaded.send("not a command")  # type: ignore[arg-type]
+    with pytest.raises(WorkerDiedError, match="ended with exit code 1: AttributeError: 'str' object has no attribute"):
+        loaded.receive()
+
+
+def test_a_failed_assertion_of_llama_cpp_is_told_in_its_words(worker: Worker, demo: Path) -> None:
+    """A device that vanishes is one: llama.cpp gives up where an RPC server it needs has gone."""
+    with rpc_servers(1) as servers:
+        worker.send(load(demo, rpc_servers=servers))
+        last = list(events(worker))[-1]
+        assert isinstance(last, Loaded), last
+    worker.send(Reply((Message("user", "Define a horse."),)))
+    with pytest.raises(WorkerDiedError) as error:
+        list(events(worker))
+    assert str(error.value).startswith("the engine's process ended by SIGABRT (llama.cpp gave up): Remote RPC server ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "words"),
+    [
+        ("", ""),
+        ("llama.cpp: error loading model: no file\n", ""),
+        ("Traceback:\nValueError: bad\nllama.cpp: later\n", "ValueError: bad"),
+        ("noise\n/a/ggml.c:7: GGML_ASSERT(a == b) failed\nnoise\n", "GGML_ASSERT(a == b) failed"),
+        ("llama.cpp: unrelated\n/a/ggml-cuda.cu:98: CUDA error\n", "CUDA error"),
+        (
+            "llama.cpp: CUDA error: out of memory\nllama.cpp: current device: 0\n/a/ggml-cuda.cu:98: CUDA error\n",
+            "CUDA error: out of memory",
+        ),
+    ],
+)
+def test_last_words(stderr: str, words: str) -> None:
+    assert last_words(stderr) == words
+
+
+def test_errors_the_process_survived_are_not_its_last_words(worker: Worker, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    worker.send(load(path))
+    assert isinstance(worker.receive(), Failed)
+    os.kill(worker.pid, signal.SIGTERM)
+    with pytest.raises(WorkerDiedError, match="ended by SIGTERM; it can be started again"):
+        worker.receive()
+
+
+def test_closing_wakes_who_waits(worker: Worker) -> None:
+    errors: list[WorkerDiedError] = []
+
+    def wait() -> None:
+        try:
+            worker.receive()
+        except WorkerDiedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    worker.close()
+    thread.join()
+    assert [str(error) for error in errors] == ["the engine was closed"]
+    worker.close()
+
+
+def test_a_process_that_does_not_listen_is_ended_by_force(worker: Worker) -> None:
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.close()
+    assert not worker.is_alive()
+
+
+_OWNER = """
+import json, sys
+from pathlib import Path
+from runtime.events import *
+from runtime.worker import Worker
+worker = Worker()
+model, tokenizer = map(Path, sys.argv[1:])
+worker.send(Load(model, EngineSettings(n_ctx=2048, n_threads=1), "mistral-v3", tokenizer))
+while not isinstance(worker.receive(), Loaded):
+    pass
+worker.send(Reply((Message("user", "Tell a long story."),), Sampling(temperature=1.5, seed=1)))
+while not isinstance(worker.receive(), Piece):
+    pass
+print(worker.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_process_ends_with_its_owner(demo: Path) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-P", "-c", _OWNER, str(demo), str(DEMO / "tokenizer.model")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        descriptor = os.pidfd_open(pid)
+        try:
+            owner.kill()
+            ended, _, _ = select.select([descriptor], [], [], 30)
+        finally:
+            os.close(descriptor)
+    assert ended, f"process {pid} lives on without its owner"
+
+
+def test_a_folder_called_runtime_where_the_user_works_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text("raise SystemExit('the wrong runtime')")
+    monkeypatch.chdir(tmp_path)
+    worker = Worker()
+    try:
+        worker.send(Reply(()))
+        assert isinstance(worker.receive(), Failed)
+    finally:
+        worker.close()
+
+
+def test_the_process_writes_nothing_to_the_terminal(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    worker = Worker()
+    worker.send(load(demo))
+    list(events(worker))
+    worker.close()
+    assert capfd.readouterr() == ("", "")

@@ -91,8 +91,8 @@ def size(n_bytes: int) -> str:
 
 
 def _three_digits(number: float) -> str:
-    decimals = max(0, 2 - math.floor(math.log10(number))) if number > 0 else 0
-    return f"{number:,.{decimals}f}"
+    texts = (f"{number:,.{decimals}f}" for decimals in (2, 1))
+    return next((text for text in texts if len(text) <= 4), f"{number:,.0f}")
 
 
 def _texts(results: Results) -> list[str]:

@@ -1,7 +1,9 @@
 """The judge, on models whose probabilities are known: its figures in closed form, and runs that end early."""
 
+import hashlib
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,11 +266,38 @@ def test_a_level_that_reads_the_text_otherwise_is_refused(trial: Trial) -> None:
     assert all(model.closed for model in models.models)
 
 
-def test_a_model_that_gives_no_numbers_is_refused(trial: Trial) -> None:
-    trial.levels[0].path.write_text("nan")
-    with pytest.raises(ModelFileError, match=r"Q2_K\.gguf: gives 7 of the 7 tokens of chunk 1 no probability"):
+@pytest.mark.parametrize("likelihood", ["nan", "1e-320"])
+def test_a_model_that_gives_no_probability_is_refused(trial: Trial, likelihood: str) -> None:
+    trial.levels[0].path.write_text(likelihood)
+    with pytest.raises(ModelFileError, match=r"Q2_K\.gguf: gives [67] of the 7 tokens of chunk 1 no probability"):
         run(trial)
     assert {row.level for row in load(trial.out).results} == {"BF16"}
+
+
+def test_a_file_of_the_same_size_and_time_is_not_read_again(trial: Trial) -> None:
+    """A hundred gigabytes take minutes to read."""
+    before = run(trial)
+    path = trial.levels[0].path
+    status = path.stat()
+    path.write_text("0.06")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert run(trial) == before
+
+
+def test_every_shard_counts(trial: Trial, tmp_path: Path) -> None:
+    first, second = (tmp_path / f"big-Q4_K_M-0000{i}-of-00002.gguf" for i in (1, 2))
+    first.write_text("0.7")
+    sharded = replace(trial, levels=(*trial.levels, LevelFile("Q4_K_M", first)))
+    with pytest.raises(ModelFileError, match="00002-of-00002"):
+        run(sharded)
+    assert not trial.out.exists(), "it was refused before anything was measured"
+    second.write_bytes(bytes(100))
+    results = run(sharded)
+    assert measured(results, "Q4_K_M", "up").file_bytes == 103
+    record = results.record("Q4_K_M")
+    assert record is not None
+    assert [(file.name, file.n_bytes) for file in record.files] == [(first.name, 3), (second.name, 100)]
+    assert record.content[1] == hashlib.sha256(bytes(100)).hexdigest()
 
 
 def test_a_text_too_short_is_refused_by_name(trial: Trial, tmp_path: Path) -> None:

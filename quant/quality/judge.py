@@ -85,8 +85,10 @@ class _Judging:
 
     def run(self, command: Sequence[str]) -> Results:
         trial = self._trial
-        for file in trial.levels:
-            self._examine(file, only_known=True)  # refuse now what would be refused in hours
+        for file in trial.levels:  # refuse now what would be refused in hours
+            library.first_shard(file.path)
+            if self._results.record(file.level) is not None:
+                self._examine(file)
         left = {file.level: self._unmeasured(file) for file in trial.others}
         self._wanted = {text.name for texts in left.values() for text in texts}
         self._order = [(file, left[file.level]) for file in trial.others if left[file.level]]
@@ -115,11 +117,9 @@ class _Judging:
             or (text.name in self._wanted and not self._base_log(record, text).exists())
         ]
 
-    def _examine(self, file: LevelFile, *, only_known: bool = False) -> None:
+    def _examine(self, file: LevelFile) -> None:
         """Enter the level's files in the results, or check that they are the ones entered."""
         known = self._results.record(file.level)
-        if known is None and only_known:
-            return
         record = examine(file, known, lambda share: self._report("check", file, part=share))
         models = tuple(record if model == known else model for model in self._results.models)
         self._results = replace(self._results, models=models if known is not None else (*models, record))

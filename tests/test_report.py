@@ -53,7 +53,7 @@ RESULTS = Results(
         "2.1",
         "Linux-6",
         "Some CPU",
-        ("CUDA0: H100",),
+        ("CPU: Some CPU", "CUDA0: H100"),
     ),
     runs=(Run("2026-01-01T00:00:00+00:00", ("bise", "perplexity", "my demo")),),
     models=(ModelRecord("Q2_K", (FileRecord("Demo-Q2_K.gguf", 4_020_000, 5, "ab12"),)),),
@@ -137,5 +137,5 @@ def test_the_report_says_what_was_measured_and_how_to_repeat_it() -> None:
 
 def test_the_report_says_when_only_a_part_was_read() -> None:
     results = replace(RESULTS, max_chunks=98)
-    assert "24,990 tokens scored in 98 chunks of 512 (the first 98 were taken)." in markdown(results)
+    assert "24,990 tokens scored in the first 98 chunks of 512." in markdown(results)
     assert "| chunks of each text | the first 98 |" in markdown(results)

@@ -79,6 +79,8 @@ class _Judging:
         self._open = open_scorer
         self._results = results
         self._progress = progress
+        self._order: list[tuple[LevelFile, list[Text]]] = []  # what is to be measured
+        self._wanted: set[str] = set()  # texts that some level is to be compared on
         self._n_chunks: dict[str, int] = {}  # of each text, once a model has tokenized it
         self._began: float | None = None  # when the first text was
         self._run_chunks = 0  # done by this run

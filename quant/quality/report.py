@@ -140,13 +140,13 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _extent(results: Results, text: str) -> str:
     """How much of a text was read."""
     row = next(row for row in results.results if row.text == text)
-    some = f" (the first {row.chunks} were taken)" if row.chunks == results.max_chunks else ""
-    return f"{row.tokens:,} tokens scored in {row.chunks} chunks of {row.context:,}{some}"
+    first = "the first " if row.chunks == results.max_chunks else ""
+    return f"{row.tokens:,} tokens scored in {first}{row.chunks} chunks of {row.context:,}"
 
 
 def _where(results: Results) -> str:
     environment = results.environment
-    devices = f", {', '.join(environment.devices)}" if environment.devices else ""
+    devices = "".join(f", {device}" for device in environment.devices if not device.startswith("CPU"))
     return f"Measured on {environment.cpu}{devices} with Bise {environment.bise}, llama.cpp {environment.llama_cpp}."
 
 

@@ -10,6 +10,7 @@ from math import prod
 
 from runtime.ggml import GgmlType, block_elements, row_bytes
 from runtime.levels import LEVELS, ORIGINAL, Shape
+from runtime.placement import Weights
 
 BASE_TYPES = {
     "BF16": GgmlType.BF16,
@@ -120,6 +121,23 @@ def tensor_bytes(shape: Shape, level: str) -> int:
     """Bytes of all tensors at a level: no metadata, no padding."""
     chosen = types(shape, level)
     return sum(spec.n_bytes(chosen[spec.name]) for spec in tensors(shape))
+
+
+def weights_by_place(shape: Shape, level: str) -> Weights:
+    """Bytes of a level's tensors by where they must lie when the model runs: host, each layer, the last device."""
+    chosen = types(shape, level)
+    host = output = 0
+    layers = [0] * shape.n_layers
+    for spec in tensors(shape):
+        n_bytes = spec.n_bytes(chosen[spec.name])
+        if spec.name.startswith("blk."):
+            layers[int(spec.name.split(".")[1])] += n_bytes
+        elif spec.name == "token_embd.weight":
+            host += n_bytes
+            output += n_bytes if shape.tied else 0  # llama.cpp puts a second copy on the last device
+        else:
+            output += n_bytes
+    return Weights(host, tuple(layers), output)
 
 
 def _wanted_type(shape: Shape, level: str, spec: TensorSpec, index: int) -> GgmlType:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from quant import recipes
+from quant.recipes import weights_by_place
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.levels import LEVELS, Shape
 from runtime.placement import KV_BYTES, Weights, Wish, compute_bytes, kv_bytes, largest_context, place
 from tests.checkpoints import DEMO_SHAPE, MISTRAL_LARGE_2
 from tests.rpc import apart
-from tui.verbs.plan import level_weights
 
 GIB, MIB = 2**30, 2**20
 TWO_CARDS = (80 * GIB, 80 * GIB)
@@ -60,12 +60,12 @@ def test_an_unknown_kv_type_is_told_with_the_known() -> None:
     ],
 )
 def test_what_two_cards_of_80_gib_hold_at_the_whole_context(level: str, kv_type: str, fits: bool) -> None:
-    placement = place(level_weights(MISTRAL_LARGE_2, level), MISTRAL_LARGE_2, Wish(LONG, kv_type), TWO_CARDS)
+    placement = place(weights_by_place(MISTRAL_LARGE_2, level), MISTRAL_LARGE_2, Wish(LONG, kv_type), TWO_CARDS)
     assert placement.fits is fits
 
 
 def test_one_card_holds_q4_k_m_with_a_short_context() -> None:
-    weights = level_weights(MISTRAL_LARGE_2, "Q4_K_M")
+    weights = weights_by_place(MISTRAL_LARGE_2, "Q4_K_M")
     longest = largest_context(weights, MISTRAL_LARGE_2, Wish(LONG), (80 * GIB,), LONG)
     assert 25_000 < longest < 35_000
     for n_ctx, fits in ((longest, True), (longest + 256, False)):
@@ -73,14 +73,14 @@ def test_one_card_holds_q4_k_m_with_a_short_context() -> None:
 
 
 def test_the_longest_context_is_0_where_nothing_fits_and_the_limit_where_all_does() -> None:
-    weights = level_weights(MISTRAL_LARGE_2, "Q2_K")
+    weights = weights_by_place(MISTRAL_LARGE_2, "Q2_K")
     assert largest_context(weights, MISTRAL_LARGE_2, Wish(LONG), (8 * GIB,), LONG) == 0
     assert largest_context(weights, MISTRAL_LARGE_2, Wish(LONG), TWO_CARDS, LONG) == LONG
 
 
 @pytest.mark.parametrize("level", [*LEVELS, "BF16"])
 def test_every_byte_has_one_place(level: str) -> None:
-    weights = level_weights(MISTRAL_LARGE_2, level)
+    weights = weights_by_place(MISTRAL_LARGE_2, level)
     placement = place(weights, MISTRAL_LARGE_2, Wish(LONG), TWO_CARDS)
     assert sum(use.weights for use in placement.uses) + weights.host == weights.total
     assert sum(use.kv for use in placement.uses) == kv_bytes(MISTRAL_LARGE_2, Wish(LONG))
@@ -158,7 +158,7 @@ def native_layers(path: Path, servers: tuple[str, ...], splits: list[tuple[float
 
 
 def test_llama_cpp_lays_the_layers_as_planned(demo: Path, servers: tuple[str, ...]) -> None:
-    weights = level_weights(DEMO_SHAPE, "BF16")
+    weights = weights_by_place(DEMO_SHAPE, "BF16")
     machines = [(60, 60, 60), (30, 60, 100), (100, 40, 25), (1, 100, 100), (100, 100, 1)]
     plans = [place(weights, DEMO_SHAPE, Wish(256), [n * MIB for n in machine], reserve=0) for machine in machines]
     planned = [[f"RPC{device}" for device, use in enumerate(plan.uses) for _ in range(use.n_layers)] for plan in plans]
@@ -258,7 +258,7 @@ WISHES = [
 
 @pytest.mark.parametrize("n_devices", [1, 2, 3])
 def test_the_compute_buffers_are_llama_cpps(large: Path, servers: tuple[str, ...], n_devices: int) -> None:
-    split = place(level_weights(MISTRAL_LARGE_2, "Q4_K_M"), MISTRAL_LARGE_2, Wish(8192), [80 * GIB] * n_devices)
+    split = place(weights_by_place(MISTRAL_LARGE_2, "Q4_K_M"), MISTRAL_LARGE_2, Wish(8192), [80 * GIB] * n_devices)
     actual = apart(native_buffers, large, servers[:n_devices], split.tensor_split, WISHES)
     for wish, sizes in zip(WISHES, actual, strict=True):
         for device, mib in enumerate(sizes):

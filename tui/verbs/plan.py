@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime.levels import Shape
-    from runtime.placement import Weights
 
 HELP = "which levels fit the devices, and how"
 
@@ -77,9 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _rows(
     shape: "Shape", level: str, context: int, ubatch: int, devices: tuple[int, ...], reserve: int, trained: int
 ) -> Iterator[Row]:
+    from quant.recipes import weights_by_place
     from runtime.placement import KV_BYTES, Wish, largest_context, place
 
-    weights = level_weights(shape, level)
+    weights = weights_by_place(shape, level)
     for kv_type in KV_BYTES:
         wish = Wish(context, kv_type, ubatch)
         placement = place(weights, shape, wish, devices, reserve)
@@ -125,26 +125,6 @@ def _devices(arguments: argparse.Namespace) -> tuple[int, ...]:
     if arguments.machine not in machines:
         raise CatalogueError(f"no machine is called {arguments.machine!r}; known: {', '.join(machines)}")
     return machines[arguments.machine].devices
-
-
-def level_weights(shape: "Shape", level: str) -> "Weights":
-    """The bytes of a level's tensors by where they must lie, from the shape alone."""
-    from quant import recipes
-    from runtime.placement import Weights
-
-    types = recipes.types(shape, level)
-    host = output = 0
-    layers = [0] * shape.n_layers
-    for spec in recipes.tensors(shape):
-        n_bytes = spec.n_bytes(types[spec.name])
-        if spec.name.startswith("blk."):
-            layers[int(spec.name.split(".")[1])] += n_bytes
-        elif spec.name == "token_embd.weight":
-            host += n_bytes
-            output += n_bytes if shape.tied else 0
-        else:
-            output += n_bytes
-    return Weights(host, tuple(layers), output)
 
 
 def _shape(argument: str) -> "tuple[Shape, str, int]":

@@ -1,8 +1,10 @@
 """One loaded model: its logits against llama.cpp's own high-level class, its KV cache against fresh reads."""
 
+import contextlib
 import itertools
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,8 @@ from tests.rpc import apart
 
 SETTINGS = EngineSettings(n_ctx=256, n_batch=64, n_ubatch=32, n_threads=1)
 
-TEXT = (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:600]
+PROSE = (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:10_000]
+TEXT = PROSE[:600]
 
 # ggml rounds activations to BF16 to multiply them by BF16 weights, so batches of other shapes move logits of about 10
 # by some hundredths. One token more or less in the context moves them by whole numbers.
@@ -261,6 +264,29 @@ def test_an_abort_keeps_what_was_read_and_going_on_gives_the_same(
     stopped.abort(False)
     assert stopped.read(ids, ignore) == 64
     np.testing.assert_allclose(stopped.logits(), fresh(engine, ids), atol=TOLERANCE)
+
+
+def test_an_abort_within_a_batch_keeps_the_positions_it_computed(opened: Callable[..., Engine]) -> None:
+    """From another thread, at a time of chance: tried until it falls between two of the batch's ubatches."""
+    stopped, unhurried = opened(n_ctx=2048, n_batch=2048), opened(n_ctx=2048, n_batch=2048)
+    ids = stopped.vocabulary.tokenize(PROSE, bos=True)[:2000]
+    n_read = 0
+    for attempt in range(100):
+        stopped.abort(False)
+        stopped.read([400], ignore)
+        timer = threading.Timer(0.01 * attempt, stopped.abort)
+        timer.start()
+        with contextlib.suppress(AbortedError):
+            stopped.read(ids, ignore)
+        timer.cancel()
+        timer.join()
+        n_read = stopped.context_used
+        if 0 < n_read < len(ids):
+            break
+    assert 0 < n_read < len(ids)
+    stopped.abort(False)
+    assert stopped.read(ids[: n_read + 40], ignore) == n_read
+    np.testing.assert_allclose(stopped.logits(), fresh(unhurried, ids[: n_read + 40]), atol=TOLERANCE)
 
 
 def test_an_abort_before_the_next_token_keeps_the_answer(opened: Callable[..., Engine], ids: list[int]) -> None:

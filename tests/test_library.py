@@ -181,7 +181,7 @@ def test_a_level_with_a_missing_shard_is_no_level(tmp_path: Path) -> None:
 def test_a_name_takes_q4_k_m_if_it_is_there_else_the_smallest(tmp_path: Path, catalogue: Catalogue) -> None:
     touch(tmp_path / "Q5_K_S" / "Demo-Q5_K_S.gguf", tmp_path / "Q8_0" / "Demo-Q8_0.gguf")
     assert find_model_file("demo", None, catalogue, tmp_path).level == "Q5_K_S"
-    touch(tmp_path / "Q4_K_M" / "Demo-Q4_K_M.gguf")
+    touch(tmp_path / "Q4_K_M" / "Demo-Q4_K_M.gguf", tmp_path / "Q2_K" / "Demo-Q2_K.gguf")
     found = find_model_file("demo", None, catalogue, tmp_path)
     assert (found.path, found.key, found.level) == (tmp_path / "Q4_K_M" / "Demo-Q4_K_M.gguf", "demo", "Q4_K_M")
     assert find_model_file(str(DEMO), "Q8_0", catalogue, tmp_path).path == tmp_path / "Q8_0" / "Demo-Q8_0.gguf"

@@ -280,6 +280,15 @@ def test_leaving_early_stops_the_answer_and_the_next_starts_clean(session: Sessi
     assert text_of(ask(session, HORSE)) == expected
 
 
+def test_leaving_while_the_prompt_is_read_stops_the_reading(session: Session) -> None:
+    message = Message("user", "Anew. " + PROSE[2000:7000])
+    answer = session.reply([message], GREEDY)
+    next(iter(answer))
+    answer.close()  # type: ignore[attr-defined]
+    again = finished(ask(session, message, sampling=Sampling(0.0, max_tokens=1)))
+    assert again.reused_tokens < again.prompt_tokens - 1
+
+
 def test_leaving_a_load_early_cancels_it_and_the_next_loads(opened: Callable[..., Session], smollm2: Path) -> None:
     session = opened(Load(smollm2, EngineSettings(n_ctx=256, n_threads=1), "template"))
     for _ in range(2):

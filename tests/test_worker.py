@@ -97,6 +97,12 @@ def test_a_stop_that_finds_nothing_to_stop_does_not_stop_the_next_reply(loaded: 
     assert last.answer_tokens > 0
 
 
+def test_a_stop_that_finds_nothing_to_stop_does_not_cancel_the_next_load(loaded: Worker, demo: Path) -> None:
+    loaded.send(Stop())
+    loaded.send(load(demo))
+    assert isinstance(list(events(loaded))[-1], Loaded)
+
+
 @pytest.mark.parametrize(
     ("number", "cause"),
     [
@@ -196,21 +202,23 @@ from pathlib import Path
 from runtime.events import *
 from runtime.worker import Worker
 worker = Worker()
-model, tokenizer = map(Path, sys.argv[1:])
-worker.send(Load(model, EngineSettings(n_ctx=2048, n_threads=1), "mistral-v3", tokenizer))
+model, tokenizer, answers = sys.argv[1:]
+worker.send(Load(Path(model), EngineSettings(n_ctx=2048, n_threads=1), "mistral-v3", Path(tokenizer)))
 while not isinstance(worker.receive(), Loaded):
     pass
-worker.send(Reply((Message("user", "Tell a long story."),), Sampling(temperature=1.5, seed=1)))
-while not isinstance(worker.receive(), Piece):
-    pass
+if answers == "answering":
+    worker.send(Reply((Message("user", "Define a horse."), Message("assistant", "a")), Sampling(temperature=2, seed=3)))
+    while not isinstance(worker.receive(), Piece):
+        pass
 print(worker.pid, flush=True)
 sys.stdin.read()
 """
 
 
-def test_the_process_ends_with_its_owner(demo: Path) -> None:
+@pytest.mark.parametrize("state", ["idle", "answering"])
+def test_the_process_ends_with_its_owner(state: str, demo: Path) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-P", "-c", _OWNER, str(demo), str(DEMO / "tokenizer.model")],
+        [sys.executable, "-P", "-c", _OWNER, str(demo), str(DEMO / "tokenizer.model"), state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -167,29 +167,26 @@ class Engine:
 
 
 class ScoringEngine:
-    """Logits of whole chunks, in llama-perplexity's batches: n_batch // n_ctx chunks decoded together.
+    """Logits of whole chunks, in llama-perplexity's batches: n_batch // n_ctx chunks decoded together, at least one.
 
     Which chunks share a batch moves the result in the fifth digit, so equality with llama-perplexity needs its layout
-    (llama.cpp 0c1e57098, tools/perplexity/perplexity.cpp:503 and :2012).
+    (llama.cpp 0c1e57098, tools/perplexity/perplexity.cpp:502 and :2012).
     """
 
     def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
         """`settings.n_ctx` is the length of one chunk. Errors as in `Engine`."""
-        if settings.n_batch < settings.n_ctx or settings.n_batch % settings.n_ctx:
-            raise EngineError(
-                f"a chunk of {settings.n_ctx} tokens does not divide the batch of {settings.n_batch}; take a context "
-                "such as 512 or 1024"
-            )
         self.n_ctx = settings.n_ctx
-        self.n_seq = settings.n_batch // settings.n_ctx
-        self._model = open_model(path, settings, progress)
+        self.n_seq = max(1, settings.n_batch // settings.n_ctx)
+        n_cells = self.n_seq * settings.n_ctx
+        self._n_batch = min(settings.n_batch, n_cells)
+        self._model = open_model(path, replace(settings, n_ctx=n_cells), progress)
         try:
             self._context = Context(
                 self._model,
                 ContextSettings(
-                    n_ctx=settings.n_batch,
-                    n_batch=settings.n_batch,
-                    n_ubatch=min(settings.n_ubatch, settings.n_batch),
+                    n_ctx=n_cells,
+                    n_batch=self._n_batch,
+                    n_ubatch=min(settings.n_ubatch, self._n_batch),
                     n_seq_max=self.n_seq,
                     n_outputs_max=0,
                     n_threads=settings.n_threads or n_cores(),
@@ -213,21 +210,25 @@ class ScoringEngine:
     def logits(self, chunks: NDArray[np.int32], first: int) -> NDArray[np.float32]:
         """Chunks (S, n_ctx), S ≤ n_seq → logits (S, n_ctx − first, n_vocab) of positions first … n_ctx−1.
 
-        A view that the next call overwrites. Raises AbortedError after `abort`.
+        A view that the next call overwrites; of a chunk longer than n_batch, a copy. Raises AbortedError after `abort`.
         """
         n_chunks, n_ctx = chunks.shape
         assert n_chunks <= self.n_seq, (n_chunks, self.n_seq)
         assert n_ctx == self.n_ctx, (n_ctx, self.n_ctx)
+        tokens = chunks.reshape(-1)
         positions = np.tile(np.arange(n_ctx, dtype=np.int32), n_chunks)
+        sequences = np.repeat(np.arange(n_chunks, dtype=np.int32), n_ctx)
+        wanted = (positions >= first).astype(np.int8)
         self._context.clear()
-        self._context.decode(
-            chunks.reshape(-1),
-            positions,
-            np.repeat(np.arange(n_chunks, dtype=np.int32), n_ctx),
-            (positions >= first).astype(np.int8),
-        )
-        rows = self._context.logits(n_chunks * (n_ctx - first))
-        return rows.reshape(n_chunks, n_ctx - first, self.n_vocab)
+        rows = []  # of each batch, (rows wanted in it, n_vocab)
+        for start in range(0, len(tokens), self._n_batch):
+            batch = slice(start, start + self._n_batch)
+            self._context.decode(tokens[batch], positions[batch], sequences[batch], wanted[batch])
+            if n_rows := int(wanted[batch].sum()):
+                view = self._context.logits(n_rows)
+                rows.append(view if len(tokens) <= self._n_batch else view.copy())
+        joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return joined.reshape(n_chunks, n_ctx - first, self.n_vocab)
 
     def abort(self) -> None:
         """Ask the running decode to end. May be called from any thread."""

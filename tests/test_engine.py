@@ -114,9 +114,19 @@ def test_the_logits_of_chunks_are_llama_cpps(demo: Path, reference: llama_cpp.Ll
     scoring.close()
 
 
-def test_a_chunk_must_divide_the_batch(demo: Path) -> None:
-    with pytest.raises(EngineError, match="a chunk of 48 tokens does not divide the batch of 64"):
-        ScoringEngine(demo, replace(SETTINGS, n_ctx=48))
+@pytest.mark.parametrize("n_ctx", [48, 96])
+def test_a_chunk_need_not_divide_the_batch(n_ctx: int, demo: Path, reference: llama_cpp.Llama, ids: list[int]) -> None:
+    """48 of a batch of 64: one chunk a batch. 96: a chunk takes two batches, and the first gives no row."""
+    first = 70 if n_ctx == 96 else 20
+    scoring = ScoringEngine(demo, replace(SETTINGS, n_ctx=n_ctx))
+    assert scoring.n_seq == 1
+    for start in (0, 7):
+        chunk = np.array(ids[start : start + n_ctx], np.int32)
+        reference.reset()  # type: ignore[no-untyped-call]
+        reference.eval(chunk.tolist())
+        rows = scoring.logits(chunk[None], first)[0]
+        np.testing.assert_allclose(rows, reference.scores[first:n_ctx], atol=TOLERANCE)
+    scoring.close()
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0", "bf16"])

@@ -95,8 +95,9 @@ def find_or_build(build: Build, python: str = sys.executable) -> Path:
         wheels = Path(work) / "wheels"
         _run_pip(python, build, wheels, folder.parent / "build.log")
         (wheels / "build.json").write_text(json.dumps(asdict(build), indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # left without a wheel by something else
-        wheels.rename(folder)
+        if not any(folder.glob("*.whl")):  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)  # left without a wheel by something else
+            wheels.rename(folder)
     return next(iter(sorted(folder.glob("*.whl"))))
 
 

@@ -168,6 +168,7 @@ def test_errors_the_process_survived_are_not_its_last_words(worker: Worker, tmp_
     path.write_bytes(b"GGUF" + bytes(100))
     worker.send(load(path))
     assert isinstance(worker.receive(), Failed)
+    assert "llama.cpp: gguf_init" in worker._said()
     os.kill(worker.pid, signal.SIGTERM)
     with pytest.raises(WorkerDiedError, match="ended by SIGTERM; it can be started again"):
         worker.receive()

@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -171,7 +171,7 @@ def test_llama_cpp_lays_the_layers_as_planned(demo: Path, servers: tuple[str, ..
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Mistral Large 2 at Q4_K_M without its weights: 73 GB long, but only the header takes room on the disk."""
     shape, path = MISTRAL_LARGE_2, tmp_path_factory.mktemp("large") / "large.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -202,7 +202,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header = -(-path.stat().st_size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
     os.truncate(path, header + n_bytes)
     assert path.stat().st_blocks * 512 < MIB
-    return path
+    yield path
+    path.unlink()
 
 
 def native_buffers(

@@ -139,7 +139,15 @@ def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Pa
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(environment: dict[str, str]) -> None:
-    command = [BISE, "ask", "Count from one to nine hundred in words.", "--model", "smollm2", "--temperature", "0"]
+    command = [
+        BISE,
+        "ask",
+        "Write a very long story about a dragon and a king.",
+        "--model",
+        "smollm2",
+        "--temperature",
+        "0",
+    ]
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -153,7 +161,15 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(environment: dict[str, s
 
 
 def test_a_reader_that_leaves_ends_the_answer(environment: dict[str, str]) -> None:
-    command = [BISE, "ask", "Count from one to nine hundred in words.", "--model", "smollm2", "--temperature", "0"]
+    command = [
+        BISE,
+        "ask",
+        "Write a very long story about a dragon and a king.",
+        "--model",
+        "smollm2",
+        "--temperature",
+        "0",
+    ]
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

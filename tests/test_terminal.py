@@ -49,7 +49,7 @@ def test_a_conversation_with_the_demo_a_stop_and_a_quit(environment: dict[str, s
 def test_stop_keeps_the_partial_answer(environment: dict[str, str]) -> None:
     with Terminal([BISE, "chat", "smollm2", "--temperature", "0"], environment) as terminal:
         terminal.wait_for("SmolLM2", "ready")
-        terminal.type("Count from one to five hundred in words, one number a line.\r")
+        terminal.type("Write a very long story about a dragon and a king.\r")
         terminal.wait_for("answering", "tokens")
         terminal.type("\x1b")
         stopped = terminal.wait_for("stopped", "ready")
@@ -61,4 +61,4 @@ def test_stop_keeps_the_partial_answer(environment: dict[str, str]) -> None:
         assert not workers & _workers(), "the engine's process outlived the chat"
         assert terminal.output.count(b"\x1b[?1049h") == terminal.output.count(b"\x1b[?1049l") == 1, "alternate screen"
     listed = subprocess.run([BISE, "chat", "--list"], env=environment, capture_output=True, text=True, check=True)
-    assert "Count from one to five hundred" in listed.stdout
+    assert "Write a very long story" in listed.stdout

@@ -47,7 +47,7 @@ class Answerer:
         emit(
             Loaded(
                 description=info.description,
-                file_bytes=info.tensor_bytes,
+                tensor_bytes=info.tensor_bytes,
                 n_params=info.n_params,
                 n_ctx=engine.n_ctx,
                 n_ctx_train=info.n_ctx_train,

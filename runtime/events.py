@@ -122,7 +122,7 @@ class Loaded:
 
     description: str
     """llama.cpp's description, such as "llama 13B Q4_K - Medium"."""
-    file_bytes: int
+    tensor_bytes: int
     n_params: int
     n_ctx: int
     n_ctx_train: int

@@ -16,7 +16,7 @@ from runtime.errors import EngineError
 from runtime.events import Sampling
 from runtime.native import LOG, Model, lib
 
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30, "f32": 0}
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30}
 """Names of KV cache types → ggml_type (ggml.h)."""
 
 _PENALTY_WINDOW = 64

@@ -5,6 +5,7 @@ weights are read.
 """
 
 import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def read_header(path: Path) -> Header:
     check_gguf(path)
     LOG.clear()
     init = _function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _InitParams)
-    context = init(str(path).encode(), _InitParams(no_alloc=True))
+    context = init(os.fsencode(path), _InitParams(no_alloc=True))
     if not context:
         cause = (LOG.errors() or ["unknown cause"])[-1]
         raise ModelFileError(

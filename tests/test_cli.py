@@ -138,48 +138,37 @@ def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Pa
     assert "nonsense" in bise(home, "ask", "Define a horse.").stderr
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(environment: dict[str, str]) -> None:
-    command = [
-        BISE,
-        "ask",
-        "Write a very long story about a dragon and a king.",
-        "--model",
-        "smollm2",
-        "--temperature",
-        "0",
-    ]
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+def _long_answer(environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """A process that has a long answer before it."""
+    question = "Write a very long story about a dragon and a king."
+    return subprocess.Popen(
+        [BISE, "ask", question, "--model", "smollm2", "--temperature", "0"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert process.stdout is not None
-    start = process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(environment: dict[str, str]) -> None:
+    with _long_answer(environment) as process:
+        assert process.stdout is not None
+        start = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (start + rest).strip()
     assert b"Traceback" not in errors
 
 
 def test_a_reader_that_leaves_ends_the_answer(environment: dict[str, str]) -> None:
-    command = [
-        BISE,
-        "ask",
-        "Write a very long story about a dragon and a king.",
-        "--model",
-        "smollm2",
-        "--temperature",
-        "0",
-    ]
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.read(1)
-    process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) == 1
+    with _long_answer(environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(60) == 1
     assert b"Traceback" not in errors
 
 

@@ -95,7 +95,7 @@ def test_a_load_tells_its_progress_and_what_was_loaded(opened: Callable[..., Ses
     assert shares[-1] == 1.0
     tensors = gguf.GGUFReader(demo).tensors
     assert isinstance(last, Loaded)
-    assert last.file_bytes == sum(tensor.n_bytes for tensor in tensors)
+    assert last.tensor_bytes == sum(tensor.n_bytes for tensor in tensors)
     assert last.n_params == sum(tensor.n_elements for tensor in tensors)
     assert (last.n_ctx, last.n_ctx_train, last.n_vocab) == (2048, 2048, 4096)
     assert last.seconds > 0

@@ -13,7 +13,9 @@ DEFAULT_PRESET = "factual"
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--context", type=int, metavar="TOKENS", help="default: the model's, at most 8192")
-    group.add_argument("--kv", default="f16", metavar="TYPE", help="KV cache type: f16, q8_0 or q4_0 (default: f16)")
+    group.add_argument(
+        "--kv", default="f16", metavar="TYPE", help="KV cache type: f16, bf16, q8_0 or q4_0 (default: f16)"
+    )
     group.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPUs (default: all)")
     group.add_argument("--threads", type=int, metavar="N", help="default: every core")
     group.add_argument(

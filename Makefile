@@ -17,7 +17,7 @@ setup: $(VENV)/.installed ## a virtual environment with everything `bise` needs
 
 demo: $(VENV)/.installed ## quantize the demo model to ten levels, measure them, write the report
 	$(BIN)/bise quantize demo --levels BF16,all --out $(OUT)
-	$(BIN)/bise perplexity demo --levels BF16,all --models $(OUT) --out $(OUT)/report --chunks 20
+	$(BIN)/bise perplexity demo --levels BF16,all --models $(OUT) --out $(OUT)/report --chunks 20 --force
 	@echo
 	@echo "Talk to it (it answers nonsense; it is for measuring):  $(BIN)/bise chat demo --level Q4_K_M --models $(OUT)"
 

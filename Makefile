@@ -44,8 +44,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python requirements.lock pyproject.toml runtime/wheel.py
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
-	wheel=$$($(BIN)/python -m runtime.wheel $(WHEEL_FLAGS)) && \
-		$(BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$wheel"
+	$(BIN)/python -m runtime.wheel $(WHEEL_FLAGS)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

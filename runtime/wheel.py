@@ -1,4 +1,4 @@
-"""Builds the llama-cpp-python wheel with Bise's flags and keeps it: `python -m runtime.wheel` prints its path.
+"""Builds the llama-cpp-python wheel with Bise's flags, keeps and installs it: `python -m runtime.wheel`.
 
 pip's own wheel cache ignores build flags, so it would hand out a wheel built without ours. Built wheels lie in the
 user's cache folder under a name that holds version, flags, compiler and CPU, and are installed from there. Needs only
@@ -7,6 +7,8 @@ the standard library, since it runs before anything is installed. `--cuda` build
 
 import argparse
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +20,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 VERSION = "0.3.36"
 """The one version of llama-cpp-python that runtime/native.py is written against."""
@@ -101,6 +104,38 @@ def find_or_build(build: Build, python: str = sys.executable) -> Path:
     return next(iter(sorted(folder.glob("*.whl"))))
 
 
+def install(wheel: Path) -> None:
+    """Install a kept wheel for the Python that runs this, and note there what it was built with. Raises BuildError."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise BuildError(f"pip could not install {wheel}; what it said stands above")
+    importlib.invalidate_caches()
+    built = json.loads((wheel.parent / "build.json").read_text(encoding="utf-8"))
+    _note_path().write_text(json.dumps({**built, "library": _library_digest()}, indent=2) + "\n", encoding="utf-8")
+
+
+def installed_build() -> dict[str, Any] | None:
+    """What the installed llama-cpp-python was built with; None where it did not come from `install`."""
+    try:
+        note: dict[str, Any] = json.loads(_note_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if note.get("library") == _library_digest() else None
+
+
+def _note_path() -> Path:
+    return Path(sys.prefix) / "llama-cpp-python-build.json"
+
+
+def _library_digest() -> str:
+    """Tells the installed library from one that was put in its place by hand."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return ""
+    libraries = sorted((Path(spec.origin).parent / "lib").glob("*.so"))
+    return _digest(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in libraries))
+
+
 def _run_pip(python: str, build: Build, wheels: Path, log: Path) -> None:
     flags = " ".join(build.compiler_flags)
     environment = {
@@ -169,12 +204,12 @@ def _say(line: str) -> None:
 
 
 def main() -> int:
-    """Print the path of the wheel for this machine."""
-    parser = argparse.ArgumentParser(prog="python -m runtime.wheel", description="Build the llama-cpp-python wheel.")
+    """Install the wheel for this machine, built first if it is not kept."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.wheel", description="Build and install llama-cpp-python.")
     parser.add_argument("--cuda", action="store_true", help="for NVIDIA GPUs (compute capability 8.0 and 9.0)")
     arguments = parser.parse_args()
     try:
-        sys.stdout.write(f"{find_or_build(build_for_this_machine(cuda=arguments.cuda))}\n")
+        install(find_or_build(build_for_this_machine(cuda=arguments.cuda)))
     except BuildError as error:
         _say(str(error))
         return 1

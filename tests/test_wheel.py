@@ -3,9 +3,13 @@
 import json
 import os
 import stat
+import subprocess
 import sys
-from dataclasses import replace
+import venv
+import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,13 +180,47 @@ def test_no_cuda_compiler_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.
     assert "-DCMAKE_CUDA_ARCHITECTURES=80;90" in build_for_this_machine(cuda=True).cmake_args
 
 
-def test_the_command_prints_the_path_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = cache_folder() / build_for_this_machine().folder_name / "llama.whl"
-    kept.parent.mkdir(parents=True)
-    kept.touch()
+def test_the_command_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["wheel"])
-    assert wheel.main() == 0
-    assert capsys.readouterr() == (f"{kept}\n", "")
     monkeypatch.setenv("CC", "no-such-compiler")
     assert wheel.main() == 1
     assert capsys.readouterr().err.startswith("no no-such-compiler here")
+
+
+def keep_a_wheel(build: Build) -> None:
+    """A wheel that pip installs, in the place of the one that takes minutes."""
+    folder = cache_folder() / build.folder_name
+    folder.mkdir(parents=True)
+    (folder / "build.json").write_text(json.dumps(asdict(build)), encoding="utf-8")
+    info = f"llama_cpp_python-{VERSION}.dist-info"
+    files = {
+        "llama_cpp/__init__.py": "",
+        "llama_cpp/lib/libllama.so": "machine code",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {VERSION}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(folder / f"llama_cpp_python-{VERSION}-py3-none-any.whl", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def test_a_kept_wheel_is_installed_and_its_flags_are_known_afterwards(tmp_path: Path) -> None:
+    keep_a_wheel(build_for_this_machine())
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv/bin/python")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def known() -> Any:
+        code = "import json; from runtime.wheel import installed_build; print(json.dumps(installed_build()))"
+        run = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return json.loads(run.stdout)
+
+    assert known() is None
+    subprocess.run([python, "-m", "runtime.wheel"], env=environment, check=True)
+    built = known()
+    assert built["compiler_flags"] == list(build_for_this_machine().compiler_flags)
+    assert built["version"] == VERSION
+    [library] = (tmp_path / "venv").rglob("libllama.so")
+    library.write_text("another build")
+    assert known() is None, "a library put there by hand was built with unknown flags"

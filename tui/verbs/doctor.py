@@ -26,10 +26,12 @@ def run(arguments: argparse.Namespace) -> int:
     from runtime import __version__, library
     from runtime.errors import UserError
     from runtime.hardware import cpu_model, host_memory
+    from runtime.wheel import installed_build
     from tui.choose import DEMO, ensure_levels
 
     facts: dict[str, Any] = {"bise": __version__, "python": platform.python_version(), "platform": platform.platform()}
     facts["packages"] = {name: _version(name) for name in _PACKAGES}
+    facts["build"] = installed_build()
     available, total = host_memory()
     facts["cpu"] = {
         "model": cpu_model(),
@@ -122,10 +124,15 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"  {name} {version}")
     cpu = facts["cpu"]
     print(f"CPU: {cpu['model']}, {cpu['cores']} cores, {gib(cpu['available'])} of {gib(cpu['memory'])} free")
+    if (build := facts["build"]) is not None:
+        flags = " ".join((*build["cmake_args"], *build["compiler_flags"]))
+        print(f"llama-cpp-python built by {build['compiler']} with {flags}")
+    else:
+        print("llama-cpp-python was not built by `make setup`: its flags are not known")
     stages = facts["engine"]
     if "library" in stages:
         found = stages["library"]
-        print("built with: " + ", ".join(k if v == "1" else f"{k}={v}" for k, v in found["features"].items()))
+        print("CPU code for: " + ", ".join(k if v == "1" else f"{k}={v}" for k, v in found["features"].items()))
         for device in found["devices"]:
             memory = f"{gib(device['memory_free'])} of {gib(device['memory_total'])} free"
             print(f"device {device['name']} ({device['kind']}): {device['description']}, {memory}")

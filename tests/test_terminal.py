@@ -1,5 +1,6 @@
 """The chat as a user meets it: a real terminal, the real process, the real demo model."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -21,9 +22,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**kept, "HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "XDG_STATE_HOME": str(home / "state")}
 
 
-def _workers() -> set[str]:
-    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in found.splitlines() if "runtime.worker" in line}
+def _children(parent: int) -> list[Path]:
+    """The /proc folders of a process's children."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(stat.parent)
+    return found
+
+
+def _is_engine(process: Path) -> bool:
+    try:
+        return b"runtime.worker" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_a_conversation_with_the_demo_a_stop_and_a_quit(environment: dict[str, str]) -> None:
@@ -54,11 +67,11 @@ def test_stop_keeps_the_partial_answer(environment: dict[str, str]) -> None:
         terminal.type("\x1b")
         stopped = terminal.wait_for("stopped", "ready")
         assert "tokens/s" in stopped
-        workers = _workers()
-        assert workers
+        engines = list(filter(_is_engine, _children(terminal.pid)))
+        assert engines
         terminal.type("\x11")
         assert terminal.wait_for_end() == 0
-        assert not workers & _workers(), "the engine's process outlived the chat"
+        assert not any(map(_is_engine, engines)), "the engine's process outlived the chat"
         assert terminal.output.count(b"\x1b[?1049h") == terminal.output.count(b"\x1b[?1049l") == 1, "alternate screen"
     listed = subprocess.run([BISE, "chat", "--list"], env=environment, capture_output=True, text=True, check=True)
     assert "Write a very long story" in listed.stdout

@@ -17,6 +17,7 @@ from quant.recipes import TensorSpec, tensors, types
 from runtime.errors import OutputError
 from runtime.ggml import GgmlType
 from runtime.levels import LEVELS, ORIGINAL
+from runtime.library import file_stem
 
 SHARD_BYTES = 48_000_000_000
 """Tensor bytes of a shard at most. Hugging Face takes files up to 50 GB."""
@@ -109,7 +110,7 @@ def plan_conversion(
     `metadata` is that of the BF16 file; `name` names the files. Raises OutputError for an unknown level or an unusable
     name.
     """
-    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    stem = file_stem(name)
     if not stem:
         raise OutputError(f"the model's name {name!r} leaves nothing to name a file with; use letters and digits")
     wanted = tuple(dict.fromkeys(levels))

@@ -121,13 +121,19 @@ def find_checkpoint(argument: str, catalogue: Catalogue) -> tuple[Path, Model | 
     raise AssertionError("an unknown name has raised")
 
 
+def file_stem(name: str) -> str:
+    """A model's name as it stands in its files' names; empty where nothing of it can."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
 def find_levels(name: str, folder: Path) -> dict[str, Path]:
     """The complete levels of the model of that name below `folder`: level → file or first shard, smallest first."""
     found = {}
+    stem = file_stem(name)
     for level in (*LEVELS, ORIGINAL):
         for path in sorted((folder / level).glob("*.gguf")):
             match = _FILE_NAME.fullmatch(path.name)
-            if match and match["stem"] == f"{name}-{level}" and int(match["part"] or 1) == 1 and is_complete(path):
+            if match and match["stem"] == f"{stem}-{level}" and int(match["part"] or 1) == 1 and is_complete(path):
                 found[level] = path
     return found
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from quant.checkpoint import open_checkpoint
+from quant.plan import plan_conversion
 from runtime.catalogue import Catalogue
 from runtime.errors import CatalogueError, ModelFileError
 from runtime.events import EngineSettings
@@ -279,3 +281,13 @@ def test_a_folder_of_weights_finds_the_levels_made_of_it(tmp_path: Path, catalog
 )
 def test_a_files_name_tells_its_level(name: str, level: str | None) -> None:
     assert level_of(Path(name)) == level
+
+
+def test_a_name_that_no_file_can_have_is_found_as_it_was_written(tmp_path: Path) -> None:
+    """A folder called `My Model: v2` gives files called My-Model-v2-…: both sides must make the same of the name."""
+    plan = plan_conversion(open_checkpoint(DEMO), {}, "My Model: v2", ("Q8_0",), tmp_path)
+    path = plan.levels[0].files[0].path
+    assert path.name == "My-Model-v2-Q8_0.gguf"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert find_levels("My Model: v2", tmp_path) == {"Q8_0": path}

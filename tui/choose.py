@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import library
-from runtime.catalogue import Catalogue, Model
+from runtime.catalogue import Catalogue, Model, parse_levels
 from runtime.errors import CatalogueError
+from runtime.levels import LEVELS, ORIGINAL
 from runtime.library import ModelFile
 
 DEMO = "demo"
@@ -39,7 +40,7 @@ def choose(model: str | None, level: str | None, models: Path | None, say: Calla
     """The model to talk to. `say` hears of work that takes a moment. Raises UserError."""
     catalogue = library.shipped_catalogue()
     folder = models or library.models_folder()
-    wanted_level = level.upper() if level else None
+    wanted_level = parse_levels(level, (*LEVELS, ORIGINAL))[0] if level else None
     if model is None:
         model, wanted_level = _usual(catalogue, wanted_level)
     if model == DEMO:
@@ -52,8 +53,6 @@ def choose(model: str | None, level: str | None, models: Path | None, say: Calla
 def ensure_levels(model: Model, levels: tuple[str, ...], folder: Path, say: Callable[[str], None]) -> None:
     """Make the missing ones of a packaged model's levels: it is small enough to do so unasked."""
     from quant.convert import make_levels
-    from runtime.catalogue import parse_levels
-    from runtime.levels import LEVELS, ORIGINAL
 
     wanted = parse_levels(levels, (*LEVELS, ORIGINAL))
     found = library.find_levels(model.name, folder)

@@ -76,6 +76,8 @@ class Catalogue:
 
     models: Mapping[str, Model]
     machines: Mapping[str, Machine]
+    sampling: Mapping[str, Sampling]
+    """The presets of a model that models.yaml does not know."""
 
     def model(self, key: str) -> Model:
         """The model of that name; raises CatalogueError with the nearest name."""
@@ -120,6 +122,7 @@ def load(shipped: Path, own: Path | None = None) -> Catalogue:
     return Catalogue(
         models={key: _model(key, node, shared) for file in files for key, node in file.section("models").items()},
         machines={key: _machine(key, node) for file in files for key, node in file.section("machines").items()},
+        sampling=shared,
     )
 
 

@@ -8,13 +8,13 @@ paths, gives paths; opens no model.
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.catalogue import Catalogue, Model, load
 from runtime.errors import CatalogueError, ModelFileError
-from runtime.events import EngineSettings, Load
+from runtime.events import EngineSettings, Load, Sampling
 from runtime.levels import LEVELS, ORIGINAL
 
 _FILE_NAME = re.compile(r"(?P<stem>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.IGNORECASE)
@@ -34,6 +34,8 @@ class ModelFile:
     title: str
     level: str | None
     model: Model | None
+    sampling: Mapping[str, Sampling]
+    """Preset name → settings."""
 
     def load(self, settings: EngineSettings) -> Load:
         """The command that loads it, with the prompt format the catalogue names (else the GGUF's own template)."""
@@ -154,7 +156,7 @@ def find_model_file(argument: str, level: str | None, catalogue: Catalogue, fold
         if (packaged := packaged_file(model)) is not None:
             if level is not None:
                 raise CatalogueError(f"{key} comes as one file at one level; leave --level out")
-            return ModelFile(packaged, key, title, None, model)
+            return ModelFile(packaged, key, title, None, model, model.sampling)
         if not model.levels:
             raise CatalogueError(_how_to_get(model))
     levels = find_levels(name, folder)
@@ -169,7 +171,8 @@ def find_model_file(argument: str, level: str | None, catalogue: Catalogue, fold
             f"{key} is not on disk at {level}, only at {', '.join(levels)}; make it with "
             f"`bise quantize {argument} --levels {level}`"
         )
-    return ModelFile(levels[level], key, title, level, model)
+    sampling = model.sampling if model else catalogue.sampling
+    return ModelFile(levels[level], key, title, level, model, sampling)
 
 
 def first_shard(path: Path) -> Path:
@@ -213,8 +216,8 @@ def _known_file(path: Path, catalogue: Catalogue) -> ModelFile:
     stem = match["stem"] if match else path.stem
     model = catalogue.by_name(stem[: -len(level) - 1]) if level else catalogue.by_name(stem)
     if model is not None:
-        return ModelFile(path, model.key, model.title, level, model)
-    return ModelFile(path, str(path.resolve()), stem, level, None)
+        return ModelFile(path, model.key, model.title, level, model, model.sampling)
+    return ModelFile(path, str(path.resolve()), stem, level, None, catalogue.sampling)
 
 
 def _model_of_folder(path: Path, catalogue: Catalogue) -> Model | None:

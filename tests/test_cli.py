@@ -129,6 +129,18 @@ def test_ask_answers_on_stdout_alone(environment: dict[str, str]) -> None:
     assert other.returncode == 0
 
 
+def test_a_gguf_that_models_yaml_does_not_know(
+    environment: dict[str, str], demo_levels: dict[str, Path], tmp_path: Path
+) -> None:
+    """It is read by its own template and has every preset."""
+    path = tmp_path / "unknown.gguf"
+    path.symlink_to(demo_levels["Q8_0"])
+    run = bise(environment, "ask", "Define a horse.", "--model", path, "--preset", "creative", "--max-tokens", "5")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+    assert "nonsense" not in run.stderr, "nothing says that this is the demo"
+
+
 def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Path) -> None:
     home = {**environment, "XDG_STATE_HOME": str(tmp_path)}
     first = bise(home, "ask", "What is 1+1?", "--max-tokens", "3", "--stats")

@@ -56,7 +56,7 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
 
 def presets(arguments: argparse.Namespace, file: ModelFile) -> dict[str, Sampling]:
     """The model's presets with the command line's own settings on top of each. Raises EngineError."""
-    known = file.model.sampling if file.model and file.model.sampling else {DEFAULT_PRESET: Sampling()}
+    known = file.sampling
     if arguments.preset not in known:
         raise EngineError(f"no sampling preset is called {arguments.preset!r}; known: {', '.join(known)}")
     given = {

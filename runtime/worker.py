@@ -64,20 +64,14 @@ class Worker:
 
     def send(self, command: Command) -> None:
         """Hand over a command. Raises WorkerDiedError if the process has ended."""
-        with self._sending:
-            try:
-                self._connection.send(command)
-            except OSError:
-                raise self._death() from None
+        with self._sending, self._whole_messages():
+            self._connection.send(command)
 
     def receive(self) -> Event:
-        """Wait for the next event. Raises WorkerDiedError."""
-        with self._receiving:
-            try:
-                event: Event = self._connection.recv()
-            except (EOFError, OSError):
-                raise self._death() from None
-            return event
+        """Wait for the next event. Raises WorkerDiedError. A KeyboardInterrupt meanwhile ends the process."""
+        with self._receiving, self._whole_messages():
+            event: Event = self._connection.recv()
+        return event
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -95,6 +89,17 @@ class Worker:
         with self._sending, self._receiving:  # who waited on the other side has seen the end by now
             self._connection.close()
             self._stderr.close()
+
+    @contextlib.contextmanager
+    def _whole_messages(self) -> Iterator[None]:
+        """Give up the process where a message breaks off: what follows could not be told from its rest."""
+        try:
+            yield
+        except (EOFError, OSError):
+            raise self._death() from None
+        except BaseException:  # KeyboardInterrupt, which Python raises between any two reads of one message
+            self._process.kill()
+            raise
 
     def _death(self) -> WorkerDiedError:
         try:

@@ -174,6 +174,20 @@ def test_errors_the_process_survived_are_not_its_last_words(worker: Worker, tmp_
         worker.receive()
 
 
+def test_an_interrupt_while_waiting_ends_the_process(loaded: Worker) -> None:
+    """It may come between the two reads of one message; waiting on would then take the rest for a length, for ever."""
+    loaded.send(Reply((Message("user", "Define a horse."),), Sampling(temperature=0)))
+    while not isinstance(loaded.receive(), Finished):
+        pass
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        loaded.receive()
+    timer.join()
+    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+        loaded.receive()
+
+
 def test_closing_wakes_who_waits(worker: Worker) -> None:
     errors: list[WorkerDiedError] = []
 

@@ -1,6 +1,7 @@
 """What several test modules need: the demo model as GGUF files, a small model that talks, and a home of one's own."""
 
 import importlib.util
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def servers() -> Iterator[tuple[str, ...]]:
     """host:port of three RPC devices. To be used in a process of its own, one at a time (tests/rpc.py)."""
     with rpc_servers(3) as endpoints:
         yield endpoints
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Ctrl-C works as in a terminal: a shell starts background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

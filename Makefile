@@ -8,7 +8,7 @@ WHEEL_FLAGS := $(if $(CUDA),--cuda)
 OUT ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check chat clean
+.PHONY: help setup demo test test-all check lint chat clean
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,13 +24,15 @@ demo: $(VENV)/.installed ## quantize the demo model to ten levels, measure them,
 chat: $(VENV)/.smollm2 ## chat with SmolLM2-135M, a small model that really converses
 	$(BIN)/bise chat smollm2
 
-test: check ## everything that must hold before a change lands
+test: check ## set up, and pass everything that must hold before a change lands
+
+check: lint ## formatting, lint, types and tests
 	$(BIN)/python -m pytest -m "not slow and not cuda"
 
-test-all: check ## the same, and the tests that take minutes
+test-all: lint ## the same, and the tests that take minutes
 	$(BIN)/python -m pytest -m "not cuda"
 
-check: $(VENV)/.dev ## formatting, lint and types
+lint: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy

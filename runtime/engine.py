@@ -7,7 +7,7 @@ as llama-perplexity batches them. Only `abort` may be called from another thread
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from runtime.fitting import fitted
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings, SamplerChain
 from runtime.native_devices import devices, register_rpc
+from runtime.native_graph import Observer
 
 
 def n_cores() -> int:
@@ -38,10 +39,16 @@ def survivable(settings: EngineSettings) -> EngineSettings:
     return settings
 
 
-def open_model(path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> Model:
+def open_model(
+    path: Path,
+    settings: EngineSettings,
+    progress: Callable[[float], bool] | None = None,
+    *,
+    writable: bool = False,
+) -> Model:
     """Load a GGUF file over the devices that are here, RPC servers too. Errors as in `native.Model` and `fitted`."""
     register_rpc(settings.rpc_servers)
-    return Model(path, survivable(fitted(path, settings, devices())), progress)
+    return Model(path, survivable(fitted(path, settings, devices())), progress, writable=writable)
 
 
 class Engine:
@@ -173,13 +180,24 @@ class ScoringEngine:
     (llama.cpp 0c1e57098, tools/perplexity/perplexity.cpp:502 and :2012).
     """
 
-    def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
-        """`settings.n_ctx` is the length of one chunk. Errors as in `Engine`."""
+    def __init__(
+        self,
+        path: Path,
+        settings: EngineSettings,
+        progress: Callable[[float], bool] | None = None,
+        *,
+        observer: Observer | None = None,
+        writable: bool = False,
+    ) -> None:
+        """`settings.n_ctx` is the length of one chunk. Errors as in `Engine`.
+
+        `observer` watches what is computed, and may replace the weights of a `writable` model (native_graph.py).
+        """
         self.n_ctx = settings.n_ctx
         self.n_seq = max(1, settings.n_batch // settings.n_ctx)
         n_cells = self.n_seq * settings.n_ctx
         self._n_batch = min(settings.n_batch, n_cells)
-        self._model = open_model(path, replace(settings, n_ctx=n_cells), progress)
+        self._model = open_model(path, replace(settings, n_ctx=n_cells), progress, writable=writable)
         try:
             self._context = Context(
                 self._model,
@@ -192,6 +210,7 @@ class ScoringEngine:
                     n_threads=settings.n_threads or n_cores(),
                     kv_type=settings.kv_type,
                 ),
+                observer,
             )
         except EngineError:
             self._model.close()
@@ -200,8 +219,15 @@ class ScoringEngine:
         self.bos = self._model.vocabulary.bos
         self.adds_bos = self._model.vocabulary.adds_bos
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._model.vocabulary
+
     def info(self) -> ModelInfo:
         return self._model.info()
+
+    def chat_template(self) -> str | None:
+        return self._model.chat_template()
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
         """Ids of a text, with BOS if the model adds it; text that spells a control token stays text."""
@@ -212,23 +238,21 @@ class ScoringEngine:
 
         A view that the next call overwrites; of a chunk longer than n_batch, a copy. Raises AbortedError after `abort`.
         """
-        n_chunks, n_ctx = chunks.shape
-        assert n_chunks <= self.n_seq, (n_chunks, self.n_seq)
-        assert n_ctx == self.n_ctx, (n_ctx, self.n_ctx)
-        tokens = chunks.reshape(-1)
-        positions = np.tile(np.arange(n_ctx, dtype=np.int32), n_chunks)
-        sequences = np.repeat(np.arange(n_chunks, dtype=np.int32), n_ctx)
-        wanted = (positions >= first).astype(np.int8)
-        self._context.clear()
         rows = []  # of each batch, (rows wanted in it, n_vocab)
-        for start in range(0, len(tokens), self._n_batch):
-            batch = slice(start, start + self._n_batch)
-            self._context.decode(tokens[batch], positions[batch], sequences[batch], wanted[batch])
-            if n_rows := int(wanted[batch].sum()):
+        for n_rows in self._decode(chunks, first):
+            if n_rows:
                 view = self._context.logits(n_rows)
-                rows.append(view if len(tokens) <= self._n_batch else view.copy())
+                rows.append(view if chunks.size <= self._n_batch else view.copy())
         joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        return joined.reshape(n_chunks, n_ctx - first, self.n_vocab)
+        return joined.reshape(len(chunks), self.n_ctx - first, self.n_vocab)
+
+    def read(self, chunks: NDArray[np.int32]) -> None:
+        """Compute chunks (S, n_ctx), S ≤ n_seq, for the observer. Raises as `logits`.
+
+        With the logits of every position: one whose logits are not asked for is left out of the last layer's products.
+        """
+        for _ in self._decode(chunks, 0):
+            pass
 
     def abort(self) -> None:
         """Ask the running decode to end. May be called from any thread."""
@@ -237,3 +261,18 @@ class ScoringEngine:
     def close(self) -> None:
         self._context.close()
         self._model.close()
+
+    def _decode(self, chunks: NDArray[np.int32], first: int) -> Iterator[int]:
+        """Compute the chunks from an empty cache, batch by batch; gives the rows of logits that each batch has."""
+        n_chunks, n_ctx = chunks.shape
+        assert n_chunks <= self.n_seq, (n_chunks, self.n_seq)
+        assert n_ctx == self.n_ctx, (n_ctx, self.n_ctx)
+        tokens = chunks.reshape(-1)
+        positions = np.tile(np.arange(n_ctx, dtype=np.int32), n_chunks)
+        sequences = np.repeat(np.arange(n_chunks, dtype=np.int32), n_ctx)
+        wanted = (positions >= first).astype(np.int8)
+        self._context.clear()
+        for start in range(0, len(tokens), self._n_batch):
+            batch = slice(start, start + self._n_batch)
+            self._context.decode(tokens[batch], positions[batch], sequences[batch], wanted[batch])
+            yield int(wanted[batch].sum())

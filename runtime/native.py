@@ -37,8 +37,19 @@ _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # ggml.h, enum ggml_log_level
 
 _STRUCTURE_BYTES = {"llama_model_params": 80, "llama_context_params": 160, "llama_model_quantize_params": 64}
 
+_LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode: no mapping of the file
 _VOCAB_SPM = 1
 _ATTR_USER_DEFINED = 1 << 4
+
+
+def function(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of llama.cpp or ggml with its C signature, for the other native modules.
+
+    Found through libllama's own handle: opening libggml.so by its path would load a second copy (native_devices.py).
+    """
+    found = getattr(lib._lib, name)
+    found.restype, found.argtypes = result, list(arguments)
+    return found
 
 
 class _Log:
@@ -180,6 +191,8 @@ class Model:
     """A GGUF file, loaded. Close it after every context on it.
 
     `progress` is called with the share loaded, 0 to 1, and cancels the load by returning False (EngineError).
+    `writable` keeps the weights in memory of their own, as they stand in the file, so that native_graph.py can read and
+    replace them; by default they are mapped from the file, and some types repacked for speed.
     Raises ModelFileError for a file that is missing, cut off or not a model, EngineError when memory is short.
     """
 
@@ -190,11 +203,14 @@ class Model:
         progress: Callable[[float], bool] | None = None,
         *,
         vocab_only: bool = False,
+        writable: bool = False,
     ) -> None:
         check_gguf(path)
         params = lib.llama_model_default_params()
         params.n_gpu_layers = settings.n_gpu_layers
-        params.use_extra_bufts = settings.use_extra_bufts
+        params.use_extra_bufts = settings.use_extra_bufts and not writable
+        if writable:
+            params.load_mode = _LOAD_MODE_NONE
         params.vocab_only = vocab_only
         keep: list[object] = []  # what the library only points at
         if settings.tensor_split is not None:

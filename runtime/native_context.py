@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from runtime.errors import EngineError
 from runtime.events import Sampling
 from runtime.native import LOG, Model, lib
+from runtime.native_graph import Observer, Watch
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30}
 """Names of KV cache types → ggml_type (ggml.h)."""
@@ -46,7 +47,8 @@ class ContextSettings:
 class Context:
     """The KV cache and compute buffers of one loaded model. Raises EngineError when they do not fit in memory."""
 
-    def __init__(self, model: Model, settings: ContextSettings) -> None:
+    def __init__(self, model: Model, settings: ContextSettings, observer: Observer | None = None) -> None:
+        """`observer` watches every decode (native_graph.py)."""
         if settings.kv_type not in KV_TYPES:
             raise EngineError(f"{settings.kv_type!r} is not a KV cache type; known: {', '.join(KV_TYPES)}")
         params = lib.llama_context_default_params()
@@ -61,6 +63,9 @@ class Context:
         atoi = ctypes.cast(ctypes.CDLL(None).atoi, ctypes.c_void_p)
         params.abort_callback = ctypes.cast(atoi, lib.ggml_abort_callback)
         params.abort_callback_data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
+        self._watch = Watch(observer, self.abort) if observer is not None else None
+        if self._watch is not None:
+            params.cb_eval = self._watch.callback
         self._settings = settings
         self._n_vocab = model.vocabulary.n_tokens
         LOG.clear()
@@ -93,7 +98,7 @@ class Context:
     ) -> None:
         """Compute one batch of at most n_batch tokens; row i is asked for where `outputs[i]` is not 0. All are (T,).
 
-        Raises AbortedError, or EngineError when the KV cache is full.
+        Raises AbortedError, EngineError when the KV cache is full, and whatever the observer raises.
         """
         n = len(tokens)
         assert 0 < n <= self._settings.n_batch, (n, self._settings.n_batch)
@@ -103,6 +108,9 @@ class Context:
         self._batch.n_tokens = n
         LOG.clear()
         status = lib.llama_decode(self._context, self._batch)
+        if self._watch is not None and self._watch.failed:
+            self.abort(False)
+            self._watch.reraise()
         if status == _ABORTED:
             raise AbortedError
         if status == _NO_SLOT:

@@ -8,32 +8,25 @@ second copy with a registry of its own, and devices added there would never be u
 import ctypes
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 from runtime import native
 from runtime.errors import EngineError
 from runtime.hardware import Device
-from runtime.native import lib
+from runtime.native import function
 
 _KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}  # enum ggml_backend_dev_type, ggml-backend.h
 
 _CONNECT_SECONDS = 5.0
 
 
-def _function(name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(lib._lib, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
 def devices() -> tuple[Device, ...]:
     """Every device llama.cpp can use now, the CPU among them."""
-    count = _function("ggml_backend_dev_count", ctypes.c_size_t)
-    get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-    name = _function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
-    description = _function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
-    kind = _function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
-    memory = _function("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    count = function("ggml_backend_dev_count", ctypes.c_size_t)
+    get = function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    name = function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
+    description = function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+    kind = function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+    memory = function("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     found = []
     for i in range(count()):
         pointer = get(i)
@@ -62,7 +55,7 @@ def register_rpc(servers: Sequence[str]) -> None:
     if not servers:
         return
     add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(_rpc_function("ggml_backend_rpc_add_server"))
-    register = _function("ggml_backend_register", None, ctypes.c_void_p)
+    register = function("ggml_backend_register", None, ctypes.c_void_p)
     for server in servers:
         register(add_server(server.encode()))
 
@@ -75,15 +68,15 @@ def serve_rpc(endpoint: str, n_threads: int) -> None:
     start = ctypes.CFUNCTYPE(
         None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
     )(_rpc_function("ggml_backend_rpc_start_server"))
-    cpu = _function("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)(0)
+    cpu = function("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)(0)
     start(endpoint.encode(), None, n_threads, 1, (ctypes.c_void_p * 1)(cpu))
 
 
 def _rpc_function(name: str) -> int:
     if not native.supports_rpc():
         raise EngineError("this build of llama-cpp-python has no RPC backend; run `make setup` again")
-    registry = _function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC")
-    find = _function("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+    registry = function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC")
+    find = function("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
     address: int = find(registry, name.encode())
     return address
 

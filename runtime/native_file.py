@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import ModelFileError
-from runtime.native import LOG, check_gguf, lib
+from runtime.native import LOG, check_gguf, function
 
 _UINT32, _STRING, _ARRAY = 4, 8, 9  # enum gguf_type, gguf.h
 
@@ -37,7 +37,7 @@ def read_header(path: Path) -> Header:
     """The header of one file (of shards, of that shard). Raises ModelFileError."""
     check_gguf(path)
     LOG.clear()
-    init = _function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _InitParams)
+    init = function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _InitParams)
     context = init(os.fsencode(path), _InitParams(no_alloc=True))
     if not context:
         cause = (LOG.errors() or ["unknown cause"])[-1]
@@ -47,14 +47,14 @@ def read_header(path: Path) -> Header:
     try:
         return _read(context)
     finally:
-        _function("gguf_free", None, ctypes.c_void_p)(context)
+        function("gguf_free", None, ctypes.c_void_p)(context)
 
 
 def _read(context: int) -> Header:
     def by_index(name: str, result: Any) -> Any:
-        return _function(name, result, ctypes.c_void_p, ctypes.c_int64)
+        return function(name, result, ctypes.c_void_p, ctypes.c_int64)
 
-    n_tensors = _function("gguf_get_n_tensors", ctypes.c_int64, ctypes.c_void_p)(context)
+    n_tensors = function("gguf_get_n_tensors", ctypes.c_int64, ctypes.c_void_p)(context)
     tensor_name, tensor_size = (
         by_index("gguf_get_tensor_name", ctypes.c_char_p),
         by_index("gguf_get_tensor_size", ctypes.c_size_t),
@@ -64,7 +64,7 @@ def _read(context: int) -> Header:
     number, text = by_index("gguf_get_val_u32", ctypes.c_uint32), by_index("gguf_get_val_str", ctypes.c_char_p)
     length = by_index("gguf_get_arr_n", ctypes.c_size_t)
     header = Header(tensors, {}, {}, {})
-    for i in range(_function("gguf_get_n_kv", ctypes.c_int64, ctypes.c_void_p)(context)):
+    for i in range(function("gguf_get_n_kv", ctypes.c_int64, ctypes.c_void_p)(context)):
         key, type_ = key_of(context, i).decode(), type_of(context, i)
         if type_ == _UINT32:
             header.numbers[key] = int(number(context, i))
@@ -73,9 +73,3 @@ def _read(context: int) -> Header:
         elif type_ == _ARRAY:
             header.lengths[key] = int(length(context, i))
     return header
-
-
-def _function(name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(lib._lib, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure the converter beside llama.cpp's tools, print a table, write speed.json."""
+"""`python -m benchmarks`: measure kernels and converter beside llama.cpp's, print tables, write JSON."""
 
 import argparse
 import os
@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.experiments import SCALES, SIX, Bench, check_room, model_of, needed_bytes
+from benchmarks.kernels import EFFORTS, kernel_speeds
 from benchmarks.machine import machine
-from benchmarks.results import Results
-from benchmarks.table import table
+from benchmarks.results import KernelResults, Results
+from benchmarks.table import kernel_table, table
 from quant.work import usable_cores
 from runtime.errors import UserError
 from runtime.levels import LEVELS
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("bench-out"), help="where to work (default: bench-out)")
     parser.add_argument("--scale", choices=SCALES, default="full", help="default: full")
+    parser.add_argument("--only", choices=("kernels", "converter"), help="default: both")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of both sides (default: every core)")
     parser.add_argument("--levels", default=",".join(LEVELS), help="default: the ten, and six of them")
     parser.add_argument("--repeats", type=int, help="pairs of runs on the smaller model")
@@ -26,22 +28,30 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [level for level in options.levels.split(",") if level not in LEVELS]
     if unknown or options.threads < 1:
         parser.error(f"unknown level {unknown[0]}" if unknown else "threads must be 1 or more")
+    folder = options.dir.absolute()
     try:
-        results = measure(
-            options.dir.absolute(), options.scale, options.threads, options.levels.split(","), options.repeats
-        )
+        if options.only != "converter":
+            kernels = measure_kernels(folder, options.scale)
+            _show(kernel_table(kernels), kernels.to_json(), options.dir / "kernels.json")
+        if options.only != "kernels":
+            results = measure(folder, options.scale, options.threads, options.levels.split(","), options.repeats)
+            _show(table(results), results.to_json(), options.dir / "speed.json")
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
-    print(table(results))
-    path = options.dir / "speed.json"
-    path.write_text(results.to_json(), encoding="utf-8")
-    print(f"\n{path}")
     return 0
 
 
+def measure_kernels(folder: Path, scale: str) -> KernelResults:
+    """Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found_on = machine(folder)
+    speeds = kernel_speeds(EFFORTS[scale], sorted(os.sched_getaffinity(0)), _say)
+    return KernelResults(found_on, os.getloadavg(), scale, speeds)
+
+
 def measure(folder: Path, scale_name: str, threads: int, levels: list[str], repeats: int | None) -> Results:
-    """All experiments at one scale. Raises UserError."""
+    """All experiments with the converter at one scale. Raises UserError."""
     scale = SCALES[scale_name]
     if repeats is not None:
         scale = replace(scale, repeats=max(repeats, 1))
@@ -71,6 +81,12 @@ def measure(folder: Path, scale_name: str, threads: int, levels: list[str], repe
         anatomy=anatomy,
         n_compared=compared + also_compared,
     )
+
+
+def _show(text: str, content: str, path: Path) -> None:
+    """Print a table, and write what it was made of."""
+    path.write_text(content, encoding="utf-8")
+    print(f"{text}\n\n{path}\n")
 
 
 def _say(text: str) -> None:

@@ -22,6 +22,8 @@ from runtime.levels import LEVELS, ORIGINAL, Shape
 SIX = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 """The levels that most people choose from."""
 
+MISTRAL_LARGE = Shape(n_layers=88, n_embd=12_288, n_ff=28_672, n_heads=96, n_heads_kv=8, head_dim=128, n_vocab=32_768)
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -38,7 +40,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        once=Shape(n_layers=1, n_embd=12_288, n_ff=28_672, n_heads=96, n_heads_kv=8, head_dim=128, n_vocab=32_768),
+        once=replace(MISTRAL_LARGE, n_layers=1),
         repeated=Shape(n_layers=2, n_embd=4096, n_ff=4096, n_heads=32, n_heads_kv=8, head_dim=128, n_vocab=4096),
         layered=Shape(n_layers=1, n_embd=12_288, n_ff=2048, n_heads=16, n_heads_kv=8, head_dim=128, n_vocab=4096),
         layers=(1, 2, 4),

@@ -110,8 +110,70 @@ class Anatomy:
 
 
 @dataclass(frozen=True, slots=True)
+class SideSpeed:
+    """One build of the kernels, on one core."""
+
+    build: str
+    weights_per_second: float
+    """Median of the rounds."""
+    ratios: tuple[float, float, float]
+    """To ggml in the same round: lowest, median, highest."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpeed:
+    """The same blocks by ggml and by every build."""
+
+    name: str
+    """A type, or how many levels."""
+    rows: str
+    """F32, or BF16 that is widened first."""
+    importance: bool
+    ggml_weights_per_second: float
+    builds: tuple[SideSpeed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSpeed:
+    """Six levels by the best build on one core and on all."""
+
+    build: str
+    importance: bool
+    cores: int
+    one_core: float
+    """Weights of the source a second, of wall time."""
+    all_cores: float
+    wall_ratios: tuple[float, float, float]
+    """All cores to one: lowest, median, highest. Other work on the machine makes it smaller."""
+    cpu_ratios: tuple[float, float, float]
+    """The same by CPU time: what the cores lose to each other alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpeeds:
+    """Everything about the kernels."""
+
+    types: tuple[KernelSpeed, ...]
+    levels: tuple[KernelSpeed, ...]
+    cores: tuple[CoreSpeed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResults:
+    """What is measured of the kernels, and where. Its file is kernels.json."""
+
+    machine: Mapping[str, Any]
+    load_after: tuple[float, ...]
+    scale: str
+    speeds: KernelSpeeds
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
-    """All of it."""
+    """What is measured of the converter, and where. Its file is speed.json."""
 
     machine: Mapping[str, Any]
     load_after: tuple[float, ...]

@@ -1,8 +1,20 @@
 """Results → the table that is printed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from benchmarks.results import Anatomy, Comparison, Depth, Model, Repeats, Results, Step
+from benchmarks.results import (
+    Anatomy,
+    Comparison,
+    CoreSpeed,
+    Depth,
+    KernelResults,
+    KernelSpeed,
+    Model,
+    Repeats,
+    Results,
+    Step,
+)
 from tui.units import gib, gigabytes
 
 LIMIT_BYTES = 3 << 29
@@ -17,9 +29,9 @@ Row = Sequence[str]
 
 
 def table(results: Results) -> str:
-    """Every part, with the machine above."""
+    """Every part about the converter, with the machine above."""
     parts = [
-        _head(results),
+        f"{_machine(results.machine, results.load_after)}\n{_model(results.model)}; {results.threads} threads",
         *(_comparison(comparison) for comparison in results.comparisons),
         LEGEND,
         f"{results.n_compared:,} tensors made by both sides are the same by SHA-256.",
@@ -30,18 +42,56 @@ def table(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _head(results: Results) -> str:
-    machine = results.machine
+def kernel_table(results: KernelResults) -> str:
+    """Every part about the kernels, with the machine above."""
+    speeds = results.speeds
+    return "\n\n".join(
+        [
+            _machine(results.machine, results.load_after),
+            "Million weights a second on one core, and how many times ggml's (median; lowest to highest)\n"
+            + _kernel_speeds((*speeds.types, *speeds.levels)),
+            f"Six levels on one core and on all\n{_core_speeds(speeds.cores)}",
+        ]
+    )
+
+
+def _kernel_speeds(speeds: Sequence[KernelSpeed]) -> str:
+    header = ("", "rows", "matrix", "ggml", *(text for side in speeds[0].builds for text in (side.build, "", "")))
+    rows: list[Row] = [header]
+    for speed in speeds:
+        cells = [speed.name, speed.rows, _yes(speed.importance), f"{speed.ggml_weights_per_second / 1e6:.1f}"]
+        for side in speed.builds:
+            low, middle, high = side.ratios
+            cells += [f"{side.weights_per_second / 1e6:.1f}", f"×{middle:.2f}", f"({low:.2f} to {high:.2f})"]
+        rows.append(cells)
+    return _aligned(rows)
+
+
+def _core_speeds(speeds: Sequence[CoreSpeed]) -> str:
+    rows: list[Row] = [("build", "matrix", "cores", "one core", "all cores", "wall ratio", "CPU ratio")]
+    for speed in speeds:
+        ratios = [
+            f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in (speed.wall_ratios, speed.cpu_ratios)
+        ]
+        numbers = [f"{found / 1e6:.1f}" for found in (speed.one_core, speed.all_cores)]
+        rows.append((speed.build, _yes(speed.importance), str(speed.cores), *numbers, *ratios))
+    return _aligned(rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _machine(machine: Mapping[str, Any], load_after: Sequence[float]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     kind = "a virtual machine, " if machine["virtual"] else ""
-    load = f"{machine['load'][0]:.1f} before and {results.load_after[0]:.1f} after"
+    load = f"{machine['load'][0]:.1f} before and {load_after[0]:.1f} after"
     return "\n".join(
         [
             f"{machine['cpu']}, {kind}{machine['cores']} cores, {gib(machine['memory_bytes'])} RAM, {machine['disk']}, "
             f"kernels {machine['kernels']}; "
             f"load {load}",
             versions,
-            f"{_model(results.model)}; {results.threads} threads",
         ]
     )
 

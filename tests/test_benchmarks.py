@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.checkpoints import DEMO, SIGMA, random_checkpoint
-from benchmarks.experiments import SCALES, check_room, needed_bytes, same_tensors
+from benchmarks.experiments import MISTRAL_LARGE, SCALES, SIX, check_room, needed_bytes, same_tensors
+from benchmarks.kernels import Effort, check_same, family_pieces, paired
 from benchmarks.stages import PLACES, Stages
+from quant.kernels import TYPES, built
 from quant.reading.checkpoint import open_checkpoint
 from quant.recipes import tensor_bytes, tensors, types
 from runtime.errors import UserError
+from runtime.ggml import GgmlType
 from runtime.levels import Shape
 from tests.checkpoints import DEMO_SHAPE
 
@@ -113,7 +117,54 @@ def test_a_stage_within_a_stage_is_taken_off() -> None:
 
 
 def test_nothing_but_the_result_is_left(found: Found) -> None:
-    assert [path.name for path in found[2].iterdir()] == ["speed.json"]
+    assert {path.name for path in found[2].iterdir()} == {"speed.json", "kernels.json"}
+
+
+def test_every_build_makes_every_type_beside_ggml(found: Found) -> None:
+    """With a matrix and without, from both kinds of rows; Q8_0 looks at no matrix."""
+    results = json.loads((found[2] / "kernels.json").read_text())
+    speeds = results["speeds"]["types"]
+    expected = {(type_.name, rows, matrix) for type_ in TYPES for rows in ("F32", "BF16") for matrix in (False, True)}
+    expected -= {("Q8_0", rows, True) for rows in ("F32", "BF16")}
+    assert {(speed["name"], speed["rows"], speed["importance"]) for speed in speeds} == expected
+    assert [speed["importance"] for speed in results["speeds"]["levels"]] == [False, True]
+    for speed in (*speeds, *results["speeds"]["levels"]):
+        assert [side["build"] for side in speed["builds"]] == [build.name for build in built().values()]
+        for side in speed["builds"]:
+            ratio = side["weights_per_second"] / speed["ggml_weights_per_second"]
+            assert side["ratios"] == pytest.approx([ratio] * 3)  # one round
+            assert re.search(rf" {side['weights_per_second'] / 1e6:.1f} +×{ratio:.2f} ", found[1])
+
+
+def test_six_levels_are_shared_out_as_the_weights_of_the_model_are() -> None:
+    """token_embd, attn_q, attn_k, ffn_gate and ffn_up get each level's own type."""
+    pieces = family_pieces(MISTRAL_LARGE, SIX, 1000)
+    assert sum(count for count, _ in pieces) == pytest.approx(1000, abs=3)
+    own_types = tuple(sorted(TYPES))
+    plain = 32_768 * 12_288 + 88 * 12_288 * (12_288 + 1_024 + 2 * 28_672)
+    share = 1000 * plain / 122_610_069_504
+    assert sum(count for count, wanted in pieces if wanted == own_types) == round(share) == 626
+    assert all(GgmlType.Q8_0 in wanted and GgmlType.Q6_K in wanted for _, wanted in pieces)
+
+
+def test_sides_take_turns() -> None:
+    calls: list[str] = []
+
+    def side(name: str) -> None:
+        calls.append(name)
+        end = time.thread_time() + 0.002
+        while time.thread_time() < end:
+            pass
+
+    seconds = paired({name: partial(side, name) for name in "abc"}, Effort(3, 0.001))
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # once for the number of calls, then three rounds
+    assert all(found >= 0.002 for rounds in seconds.values() for found in rounds)
+
+
+def test_blocks_that_differ_end_the_run() -> None:
+    check_same({"ggml": b"12", "8 lanes": b"12"}, "Q2_K")
+    with pytest.raises(UserError, match="the kernels 8 lanes make other blocks of Q2_K than ggml"):
+        check_same({"ggml": b"12", "8 lanes": b"13"}, "Q2_K")
 
 
 def test_a_tensor_that_differs_ends_the_run() -> None:

@@ -15,19 +15,16 @@ struct AffineScales {
 };
 
 // quantize_row_q2_K_ref, q4_K_ref, q5_K_ref, and their _impl with importance, up to the packing. Gives inexact lanes.
-template <int N, int K, bool ABSOLUTE_ERROR>
+template <int N, bool ABSOLUTE_ERROR>
 static Ints quantize_affine(Tile &tile, bool has_importance, int top, int scale_top, AffineSteps steps,
                      AffineScales<SUPER / N> &scales) {
-    const int count = SUPER / N;
+    const int count = SUPER / N, K = ABREAST;
     const Lanes zero = {};
     Lanes scale[SUPER / N], minimum[SUPER / N], inverse[SUPER / N], offset[SUPER / N];
     Ints inexact = {};
     for (int j = 0; j < count; j += K) {
-        Lanes x[N][K], weight[N][K];
         Affine best[K];
-        gather<N, K>(tile.x, j, x);
-        gather<N, K>(tile.weight, j, weight);
-        inexact |= fit_affine<N, K, ABSOLUTE_ERROR>(x, weight, (float)top, steps, best);
+        inexact |= fit_affine<N, K, ABSOLUTE_ERROR>(tile.x + j * N, tile.weight + j * N, (float)top, steps, best);
         for (int k = 0; k < K; k++) {
             inexact |= best[k].scale < zero;  // ggml keeps levels in bytes, where a negative one becomes a large one
             scale[j + k] = best[k].scale;
@@ -38,8 +35,10 @@ static Ints quantize_affine(Tile &tile, bool has_importance, int top, int scale_
     }
     Lanes d, dmin;
     if (has_importance) {
-        d = fit_scales<SUPER / N>(scale_top, scale, tile.sum_weight, scales.scale);
-        dmin = fit_scales<SUPER / N>(scale_top, minimum, tile.sum_weight, scales.minimum);
+        Lanes found[2];
+        fit_scales<SUPER / N, 2>(scale_top, {scale, minimum}, tile.sum_weight, {scales.scale, scales.minimum}, found);
+        d = found[0];
+        dmin = found[1];
     } else {
         const Lanes highest = every((float)scale_top);
         Lanes high = zero, deep = zero;
@@ -62,7 +61,7 @@ static Ints quantize_affine(Tile &tile, bool has_importance, int top, int scale_
         const Ints flat = step == zero;  // ggml then leaves the levels of the search
         for (int i = j * N; i < (j + 1) * N; i++) {
             const Lanes found = flat ? inverse[j] * (tile.x[i] - offset[j]) : (tile.x[i] + base) / step;
-            store(tile, i, within(nearest_int(found), 0, top));
+            tile.level[i] = within(nearest_int(found), 0, top);
         }
     }
     return inexact;
@@ -73,42 +72,35 @@ static Ints quantize_q2(Tile &tile, bool has_importance) {
     Ints inexact;
     if (has_importance) {
         weigh_by_importance<16>(tile, 1);
-        inexact = quantize_affine<16, 2, false>(tile, true, 3, 15, {-0.9f, 0.05f, 36}, scales);
+        inexact = quantize_affine<16, false>(tile, true, 3, 15, {-0.9f, 0.05f, 36}, scales);
     } else {
         for (int i = 0; i < SUPER; i++) tile.weight[i] = magnitude(tile.x[i]);
-        inexact = quantize_affine<16, 2, true>(tile, false, 3, 15, {-0.5f, 0.1f, 15}, scales);
+        inexact = quantize_affine<16, true>(tile, false, 3, 15, {-0.5f, 0.1f, 15}, scales);
     }
-    for (int lane = 0; lane < tile.count; lane++) {
-        uint8_t *out = tile.out + lane * 84, level[SUPER];
-        for (int j = 0; j < 16; j++)
-            out[j] = (uint8_t)((int)scales.scale[j][lane] | (int)scales.minimum[j][lane] << 4);
-        levels_of(tile, lane, level);
-        pack_two_bits(level, out + 16);
-        put(out + 80, scales.d[lane]);
-        put(out + 82, scales.dmin[lane]);
-    }
+    put_bytes(tile, 0, 16, [&](int j) { return integers(scales.scale[j]) | integers(scales.minimum[j]) << 4; });
+    pack_two_bits(tile, 16);
+    put_halves(tile, 80, scales.d);
+    put_halves(tile, 82, scales.dmin);
     return inexact;
 }
 
 // Eight scales and eight minima of six bits in twelve bytes, as get_scale_min_k4 reads them.
-static inline void pack_six_bit_scales(const AffineScales<8> &scales, int lane, uint8_t *out) {
-    for (int j = 0; j < 4; j++) {
-        const int scale = (int)scales.scale[j][lane], minimum = (int)scales.minimum[j][lane];
-        const int later_scale = (int)scales.scale[j + 4][lane], later_minimum = (int)scales.minimum[j + 4][lane];
-        out[j] = (uint8_t)(scale | later_scale >> 4 << 6);
-        out[j + 4] = (uint8_t)(minimum | later_minimum >> 4 << 6);
-        out[j + 8] = (uint8_t)((later_scale & 15) | (later_minimum & 15) << 4);
-    }
+static inline void pack_six_bit_scales(Tile &tile, const AffineScales<8> &scales, int offset) {
+    const auto scale = [&](int j) { return integers(scales.scale[j]); };
+    const auto minimum = [&](int j) { return integers(scales.minimum[j]); };
+    put_bytes(tile, offset, 4, [&](int j) { return scale(j) | scale(j + 4) >> 4 << 6; });
+    put_bytes(tile, offset + 4, 4, [&](int j) { return minimum(j) | minimum(j + 4) >> 4 << 6; });
+    put_bytes(tile, offset + 8, 4, [&](int j) { return (scale(j + 4) & 15) | (minimum(j + 4) & 15) << 4; });
 }
 
 template <int BITS>
 static Ints quantize_q4_q5(Tile &tile, bool has_importance) {
-    const int top = (1 << BITS) - 1, block_bytes = BITS == 4 ? 144 : 176;
+    const int top = (1 << BITS) - 1;
     AffineScales<8> scales;
     Ints inexact;
     if (has_importance) {
         weigh_by_importance<32>(tile, 2);
-        inexact = quantize_affine<32, 2, false>(tile, true, top, 63, {-0.9f, 0.05f, 36}, scales);
+        inexact = quantize_affine<32, false>(tile, true, top, 63, {-0.9f, 0.05f, 36}, scales);
     } else {
         for (int j = 0; j < 8; j++) {
             Lanes squares = {};
@@ -117,16 +109,12 @@ static Ints quantize_q4_q5(Tile &tile, bool has_importance) {
             for (int i = j * 32; i < (j + 1) * 32; i++) tile.weight[i] = mean + magnitude(tile.x[i]);
         }
         const AffineSteps steps = BITS == 4 ? AffineSteps{-1.f, 0.1f, 20} : AffineSteps{-0.5f, 0.1f, 15};
-        inexact = quantize_affine<32, 2, false>(tile, false, top, 63, steps, scales);
+        inexact = quantize_affine<32, false>(tile, false, top, 63, steps, scales);
     }
-    for (int lane = 0; lane < tile.count; lane++) {
-        uint8_t *out = tile.out + lane * block_bytes, level[SUPER];
-        levels_of(tile, lane, level);
-        put(out, scales.d[lane]);
-        put(out + 2, scales.dmin[lane]);
-        pack_six_bit_scales(scales, lane, out + 4);
-        if (BITS == 5) pack_one_bit(level, 4, out + 16);
-        pack_four_bits(level, out + (BITS == 5 ? 48 : 16));
-    }
+    put_halves(tile, 0, scales.d);
+    put_halves(tile, 2, scales.dmin);
+    pack_six_bit_scales(tile, scales, 4);
+    if (BITS == 5) pack_one_bit(tile, 4, 16);
+    pack_four_bits(tile, BITS == 5 ? 48 : 16);
     return inexact;
 }

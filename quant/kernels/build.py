@@ -16,8 +16,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 HERE = Path(__file__).parent
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-psabi")
-"""Contraction of multiply and add would change the bits."""
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+"""Contraction of multiply and add would change the bits; and a root that may set errno is a call of the C library."""
 
 X86_FLAGS: Mapping[int, tuple[str, ...]] = {
     4: (),

@@ -24,15 +24,17 @@ typedef size_t (*Reference)(int type, const float *rows, void *out, int64_t star
 // quantize_row_q8_0_ref, x ≈ d * level in blocks of 32: halves are rounded away from zero.
 void quantize_q8(const float *rows, int64_t n_blocks, uint8_t *out) {
     for (int64_t block = 0; block < n_blocks; block++, rows += 32, out += 34) {
-        float size = 0;
-        for (int i = 0; i < 32; i++) {
-            const float here = __builtin_fabsf(rows[i]);
-            size = size > here ? size : here;
+        Lanes sizes = {};
+        for (int i = 0; i < 32; i += LANES) {
+            Lanes x;
+            memcpy(&x, rows + i, sizeof x);
+            sizes = larger(magnitude(x), sizes);
         }
-        const float d = size / 127;
+        const float d = largest(sizes) / 127;
         float inverse = d != 0 ? 1.f / d : 0.f;
         if (inverse > MAX_FLOAT) inverse = 0;  // of denormal weights: ggml casts infinities to bytes, which gives 0
-        put(out, half_of(d));
+        const uint16_t half = half_of(d);
+        memcpy(out, &half, sizeof half);
         for (int i = 0; i < 32; i++) {
             const float exact = rows[i] * inverse;
             const int whole = (int)exact;
@@ -83,6 +85,7 @@ int64_t bise_kernels_quantize(int type, const float *rows, int64_t n_rows, int64
         alignas(64) Tile tile;
         for (int64_t first = 0; first < total; first += LANES) {
             tile.count = (int)(total - first < LANES ? total - first : LANES);
+            tile.block_bytes = format.block_bytes;
             tile.out = out + first * format.block_bytes;
             transpose(rows + first * SUPER, tile.count, tile.x);
             if (importance) transpose_importance(importance, first, per_row, tile.count, tile.weight);

@@ -5,12 +5,17 @@
 // file is compiled once for each instruction set, with LANES floats to a register, and never with contraction of
 // multiply and add (-ffp-contract=off), which would change the bits.
 //
-// GCC's and Clang's vector extensions only, no intrinsics.
+// GCC's and Clang's vector extensions, and the processor's own minimum and maximum, which GCC does not see in
+// `a < b ? a : b` where one of the two is a constant.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #ifndef LANES
 #error "compile with -DLANES=4, 8 or 16: the floats in a register"
@@ -20,13 +25,24 @@
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));  // also the result of a comparison: 0 or -1
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 LANEWISE Lanes every(float value) { return Lanes{} + value; }
 LANEWISE Ints every(int32_t value) { return Ints{} + value; }
 
+// b where one is not a number
+#if LANES == 16
+LANEWISE Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
+LANEWISE Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
+#elif LANES == 8
+LANEWISE Lanes smaller(Lanes a, Lanes b) { return _mm256_min_ps(a, b); }
+LANEWISE Lanes larger(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
+#elif defined(__SSE2__)
+LANEWISE Lanes smaller(Lanes a, Lanes b) { return _mm_min_ps(a, b); }
+LANEWISE Lanes larger(Lanes a, Lanes b) { return _mm_max_ps(a, b); }
+#else
 LANEWISE Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
 LANEWISE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+#endif
 LANEWISE Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 LANEWISE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 LANEWISE Lanes within(Lanes v, float low, float high) { return smaller(larger(v, every(low)), every(high)); }
@@ -34,12 +50,18 @@ LANEWISE Ints within(Ints v, int low, int high) { return smaller(larger(v, every
 LANEWISE Lanes magnitude(Lanes v) { return (Lanes)((Ints)v & 0x7fffffff); }
 LANEWISE Lanes floats(Ints v) { return __builtin_convertvector(v, Lanes); }
 LANEWISE Ints integers(Lanes v) { return __builtin_convertvector(v, Ints); }
-LANEWISE Bytes bytes(Ints v) { return __builtin_convertvector(v, Bytes); }
 
 LANEWISE Lanes root(Lanes v) {
     Lanes result;
     for (int lane = 0; lane < LANES; lane++) result[lane] = __builtin_sqrtf(v[lane]);
     return result;
+}
+
+// The largest of the lanes.
+LANEWISE float largest(Lanes v) {
+    float found = v[0];
+    for (int lane = 1; lane < LANES; lane++) found = found > v[lane] ? found : v[lane];
+    return found;
 }
 
 LANEWISE bool any(Ints mask) {

@@ -1,11 +1,14 @@
 // ggml's searches for the scale (and minimum) of a sub-block, each in lockstep over the lanes.
 //
 // Source: ggml/src/ggml-quants.c of llama.cpp, commit 0c1e57098; each function names the one it equals, bit by bit. K
-// sub-blocks are searched side by side, because one chain of additions would leave the processor waiting.
+// sub-blocks of N weights, which lie one after the other, are searched side by side: one chain of additions would leave
+// the processor waiting.
 
 #pragma once
 
 #include "lanes.h"
+
+static const int ABREAST = 4;  // sub-blocks side by side; more would not fit into the registers
 
 static const float ALL_ZERO = 1e-15f;  // GROUP_MAX_EPS: what is smaller is taken for zero
 
@@ -23,24 +26,24 @@ struct AffineSteps {
     int last;
 };
 
-// make_qkx2_quants and make_qkx3_quants, whose weights are always given here: for each of K sub-blocks of N weights.
-// Gives the lanes in which a number was too large to be rounded exactly; there the result is not ggml's.
+// make_qkx2_quants and make_qkx3_quants, whose weights are always given here. Gives the lanes in which a number was too
+// large to be rounded exactly, or all of it lies below the minimum; there the result is not ggml's.
 template <int N, int K, bool ABSOLUTE_ERROR>
-LANEWISE Ints fit_affine(const Lanes (*x)[K], const Lanes (*weight)[K], float top, AffineSteps steps, Affine *best) {
+LANEWISE Ints fit_affine(const Lanes *x, const Lanes *weight, float top, AffineSteps steps, Affine *best) {
     const Lanes zero = {};
     Lanes low[K], high[K], lowest[K], sum_w[K], sum_x[K], best_error[K];
     Ints active[K], inexact = {};
     for (int k = 0; k < K; k++) {
-        low[k] = high[k] = x[0][k];
-        sum_w[k] = weight[0][k];
-        sum_x[k] = weight[0][k] * x[0][k];
+        low[k] = high[k] = x[k * N];
+        sum_w[k] = weight[k * N];
+        sum_x[k] = weight[k * N] * x[k * N];
     }
     for (int i = 1; i < N; i++)
         for (int k = 0; k < K; k++) {
-            low[k] = smaller(x[i][k], low[k]);
-            high[k] = larger(x[i][k], high[k]);
-            sum_w[k] += weight[i][k];
-            sum_x[k] += weight[i][k] * x[i][k];
+            low[k] = smaller(x[k * N + i], low[k]);
+            high[k] = larger(x[k * N + i], high[k]);
+            sum_w[k] += weight[k * N + i];
+            sum_x[k] += weight[k * N + i] * x[k * N + i];
         }
     for (int k = 0; k < K; k++) {
         lowest[k] = low[k];
@@ -54,28 +57,31 @@ LANEWISE Ints fit_affine(const Lanes (*x)[K], const Lanes (*weight)[K], float to
     }
     for (int i = 0; i < N; i++)
         for (int k = 0; k < K; k++) {
-            const Lanes level = smaller(rounded(best[k].inverse * (x[i][k] - low[k])), every(top));
-            const Lanes error = best[k].scale * level + low[k] - x[i][k];
-            best_error[k] += weight[i][k] * (ABSOLUTE_ERROR ? magnitude(error) : error * error);
+            const Lanes level = smaller(rounded(best[k].inverse * (x[k * N + i] - low[k])), every(top));
+            const Lanes error = best[k].scale * level + low[k] - x[k * N + i];
+            best_error[k] += weight[k * N + i] * (ABSOLUTE_ERROR ? magnitude(error) : error * error);
         }
-    Lanes level[N][K];
+    Lanes level[K * N];
     for (int step = 0; step <= steps.last; step++) {
         const float reach = steps.first + steps.width * step + top;
         Lanes inverse[K], offset[K], sum_l[K], sum_l2[K], sum_xl[K], scale[K], minimum[K], error[K], determinant[K];
+        const bool may_exceed = reach > top + 0.45f;  // else `high`, and so every x, is rounded to `top` or less
         for (int k = 0; k < K; k++) {
             offset[k] = best[k].minimum;  // ggml overwrites its minimum, so later steps start from the best fit
             inverse[k] = reach / (high[k] - offset[k]);
             sum_l[k] = sum_l2[k] = sum_xl[k] = error[k] = zero;
-            const Lanes farthest = larger(magnitude(high[k] - offset[k]), magnitude(lowest[k] - offset[k]));
-            inexact |= active[k] & ~(magnitude(inverse[k]) * farthest < EXACT_LIMIT);
+            const Lanes farthest = inverse[k] * magnitude(lowest[k] - offset[k]);
+            inexact |= active[k] & ~((inverse[k] > zero) & (farthest < EXACT_LIMIT));
         }
         for (int i = 0; i < N; i++)
             for (int k = 0; k < K; k++) {
-                level[i][k] = within(rounded(inverse[k] * (x[i][k] - offset[k])), 0, top);
-                const Lanes weighted = weight[i][k] * level[i][k];
+                Lanes found = larger(rounded(inverse[k] * (x[k * N + i] - offset[k])), zero);
+                if (may_exceed) found = smaller(found, every(top));
+                level[k * N + i] = found;
+                const Lanes weighted = weight[k * N + i] * found;
                 sum_l[k] += weighted;
-                sum_l2[k] += weighted * level[i][k];
-                sum_xl[k] += weighted * x[i][k];
+                sum_l2[k] += weighted * found;
+                sum_xl[k] += weighted * x[k * N + i];
             }
         for (int k = 0; k < K; k++) {
             determinant[k] = sum_w[k] * sum_l2[k] - sum_l[k] * sum_l[k];
@@ -87,8 +93,8 @@ LANEWISE Ints fit_affine(const Lanes (*x)[K], const Lanes (*weight)[K], float to
         }
         for (int i = 0; i < N; i++)
             for (int k = 0; k < K; k++) {
-                const Lanes miss = scale[k] * level[i][k] + minimum[k] - x[i][k];
-                error[k] += weight[i][k] * (ABSOLUTE_ERROR ? magnitude(miss) : miss * miss);
+                const Lanes miss = scale[k] * level[k * N + i] + minimum[k] - x[k * N + i];
+                error[k] += weight[k * N + i] * (ABSOLUTE_ERROR ? magnitude(miss) : miss * miss);
             }
         for (int k = 0; k < K; k++) {
             const Ints better = (determinant[k] > zero) & (error[k] < best_error[k]);
@@ -102,52 +108,74 @@ LANEWISE Ints fit_affine(const Lanes (*x)[K], const Lanes (*weight)[K], float to
     return inexact;
 }
 
-// make_qp_quants: scales (or minima, none negative) of N sub-blocks as levels 0 … top times the result.
-template <int N>
-LANEWISE Lanes fit_scales(int top, const Lanes *x, const Lanes *weight, Lanes *level) {
+// make_qp_quants: scales (or minima, none negative) of N sub-blocks as levels 0 … top times one scale; for each of K such
+// rows of numbers, which have the same weights.
+template <int N, int K>
+LANEWISE void fit_scales(int top, const Lanes *const (&x)[K], const Lanes *weight, Lanes *const (&level)[K],
+                         Lanes *scale) {
     const Lanes zero = {}, highest = every((float)top);
-    Lanes high = zero;
-    for (int i = 0; i < N; i++) high = larger(high, x[i]);
-    const Ints present = ~(high < ALL_ZERO);
-    Lanes inverse = present ? highest / high : zero, scale = present ? 1.f / inverse : zero, best_error = zero;
-    for (int i = 0; i < N; i++) {
-        const Lanes miss = x[i] - scale * rounded(inverse * x[i]);
-        best_error += weight[i] * miss * miss;
+    Lanes high[K], inverse[K], best_error[K], sum_xl[K], sum_l2[K];
+    Ints present[K];
+    for (int k = 0; k < K; k++) {
+        high[k] = best_error[k] = sum_xl[k] = sum_l2[k] = zero;
+        for (int i = 0; i < N; i++) high[k] = larger(high[k], x[k][i]);
+        present[k] = ~(high[k] < ALL_ZERO);
+        inverse[k] = present[k] ? highest / high[k] : zero;
+        scale[k] = present[k] ? 1.f / inverse[k] : zero;
     }
+    for (int i = 0; i < N; i++)
+        for (int k = 0; k < K; k++) {
+            const Lanes miss = x[k][i] - scale[k] * rounded(inverse[k] * x[k][i]);
+            best_error[k] += weight[i] * miss * miss;
+        }
     for (int step = -4; step <= 4; step++) {
         if (step == 0) continue;
-        const Lanes other = (0.1f * step + top) / high, other_scale = 1.f / other;
-        Lanes error = zero;
-        for (int i = 0; i < N; i++) {
-            const Lanes miss = x[i] - other_scale * smaller(rounded(other * x[i]), highest);
-            error += weight[i] * miss * miss;
+        Lanes other[K], other_scale[K], error[K];
+        for (int k = 0; k < K; k++) {
+            other[k] = (0.1f * step + top) / high[k];
+            other_scale[k] = 1.f / other[k];
+            error[k] = zero;
         }
-        const Ints better = error < best_error;
-        best_error = better ? error : best_error;
-        inverse = better ? other : inverse;
-    }
-    Lanes sum_xl = zero, sum_l2 = zero;
-    for (int i = 0; i < N; i++) {
-        level[i] = smaller(rounded(inverse * x[i]), highest);
-        sum_xl += weight[i] * x[i] * level[i];
-        sum_l2 += weight[i] * level[i] * level[i];
-    }
-    for (int round = 0; round < 5; round++) {  // ggml leaves when nothing changes; then another round changes nothing
-        for (int i = 0; i < N; i++) {
-            Lanes xl = sum_xl - weight[i] * x[i] * level[i];
-            Lanes l2 = sum_l2 - weight[i] * level[i] * level[i];
-            const Ints usable = (xl > zero) & (l2 > zero);
-            const Lanes other = floats(smaller(nearest_int(x[i] * l2 / xl), every(top)));
-            xl += weight[i] * x[i] * other;
-            l2 += weight[i] * other * other;
-            const Ints better = usable & (other != level[i]) & (xl * xl * sum_l2 > sum_xl * sum_xl * l2);
-            level[i] = better ? other : level[i];
-            sum_xl = better ? xl : sum_xl;
-            sum_l2 = better ? l2 : sum_l2;
+        for (int i = 0; i < N; i++)
+            for (int k = 0; k < K; k++) {
+                const Lanes miss = x[k][i] - other_scale[k] * smaller(rounded(other[k] * x[k][i]), highest);
+                error[k] += weight[i] * miss * miss;
+            }
+        for (int k = 0; k < K; k++) {
+            const Ints better = error[k] < best_error[k];
+            best_error[k] = better ? error[k] : best_error[k];
+            inverse[k] = better ? other[k] : inverse[k];
         }
     }
-    for (int i = 0; i < N; i++) level[i] = present ? level[i] : zero;
-    return (present & (sum_l2 > zero)) ? sum_xl / sum_l2 : zero;
+    for (int i = 0; i < N; i++)
+        for (int k = 0; k < K; k++) {
+            level[k][i] = smaller(rounded(inverse[k] * x[k][i]), highest);
+            sum_xl[k] += weight[i] * x[k][i] * level[k][i];
+            sum_l2[k] += weight[i] * level[k][i] * level[k][i];
+        }
+    for (int round = 0; round < 5; round++) {
+        Ints changed = {};
+        for (int i = 0; i < N; i++)
+            for (int k = 0; k < K; k++) {
+                Lanes xl = sum_xl[k] - weight[i] * x[k][i] * level[k][i];
+                Lanes l2 = sum_l2[k] - weight[i] * level[k][i] * level[k][i];
+                const Ints usable = (xl > zero) & (l2 > zero);
+                const Lanes other = floats(smaller(nearest_int(x[k][i] * l2 / xl), every(top)));
+                xl += weight[i] * x[k][i] * other;
+                l2 += weight[i] * other * other;
+                const Ints better =
+                    usable & (other != level[k][i]) & (xl * xl * sum_l2[k] > sum_xl[k] * sum_xl[k] * l2);
+                level[k][i] = better ? other : level[k][i];
+                sum_xl[k] = better ? xl : sum_xl[k];
+                sum_l2[k] = better ? l2 : sum_l2[k];
+                changed |= better;
+            }
+        if (!any(changed)) break;
+    }
+    for (int k = 0; k < K; k++) {
+        for (int i = 0; i < N; i++) level[k][i] = present[k] ? level[k][i] : zero;
+        scale[k] = (present[k] & (sum_l2[k] > zero)) ? sum_xl[k] / sum_l2[k] : zero;
+    }
 }
 
 // x ≈ scale * level, with levels -range … range - 1.
@@ -157,22 +185,23 @@ struct Symmetric {
     Ints zeros;     // all x are taken for zero: ggml then leaves the level at -range
 };
 
-// make_qx_quants with rmse_type 1: for each of K sub-blocks of N weights.
+// make_qx_quants with rmse_type 1.
 template <int N, int K>
-LANEWISE void fit_symmetric(int range, const Lanes (*x)[K], const Lanes (*weight)[K], Symmetric *best) {
+LANEWISE void fit_symmetric(int range, const Lanes *x, const Lanes *weight, Symmetric *best) {
     const Lanes zero = {};
     const float low = (float)-range, high = (float)(range - 1);
-    Lanes extreme[K], size[K], best_value[K];
+    Lanes extreme[K], size[K], best_value[K], weighted[K * N];
     for (int k = 0; k < K; k++) {
         extreme[k] = size[k] = best_value[k] = zero;
         best[k] = {zero, zero, Ints{}};
     }
     for (int i = 0; i < N; i++)
         for (int k = 0; k < K; k++) {
-            const Lanes here = magnitude(x[i][k]);
+            const Lanes here = magnitude(x[k * N + i]);
             const Ints further = here > size[k];
             size[k] = further ? here : size[k];
-            extreme[k] = further ? x[i][k] : extreme[k];
+            extreme[k] = further ? x[k * N + i] : extreme[k];
+            weighted[k * N + i] = weight[k * N + i] * x[k * N + i];
         }
     for (int step = -10; step <= 9; step++) {
         if (step == 0) continue;
@@ -183,11 +212,13 @@ LANEWISE void fit_symmetric(int range, const Lanes (*x)[K], const Lanes (*weight
             inverse[k] = reach / extreme[k];
             sum_xl[k] = sum_l2[k] = zero;
         }
+        const bool may_exceed = step > 4;  // else `extreme`, and so every x, is rounded to -range or more
         for (int i = 0; i < N; i++)
             for (int k = 0; k < K; k++) {
-                const Lanes level = within(rounded(inverse[k] * x[i][k]), low, high);
-                sum_xl[k] += weight[i][k] * x[i][k] * level;
-                sum_l2[k] += weight[i][k] * level * level;
+                Lanes level = smaller(rounded(inverse[k] * x[k * N + i]), every(high));
+                if (may_exceed) level = larger(level, every(low));
+                sum_xl[k] += weighted[k * N + i] * level;
+                sum_l2[k] += weight[k * N + i] * level * level;
             }
         for (int k = 0; k < K; k++) {
             Lanes scale = sum_xl[k] / sum_l2[k];
@@ -210,41 +241,40 @@ LANEWISE void fit_symmetric(int range, const Lanes (*x)[K], const Lanes (*weight
     }
 }
 
-// make_q3_quants with do_rmse: for each of K sub-blocks of N weights, which are weighted by their squares. `levels` has
-// room for N of each sub-block, one sub-block after the other.
+// make_q3_quants with do_rmse: x are weighted by their squares. `levels` has room for as many as there are x.
 template <int N, int K>
-LANEWISE void fit_by_coordinate(int range, const Lanes (*x)[K], Lanes *levels, Lanes *scale) {
+LANEWISE void fit_by_coordinate(int range, const Lanes *x, Lanes *levels, Lanes *scale) {
     const Lanes zero = {};
     const float low = (float)-range, high = (float)(range - 1);
-    Lanes extreme[K], size[K], sum_xl[K], sum_l2[K], level[N][K], weight[N][K];
+    Lanes extreme[K], size[K], sum_xl[K], sum_l2[K], level[K * N], weight[K * N];
     for (int k = 0; k < K; k++) extreme[k] = size[k] = sum_xl[k] = sum_l2[k] = zero;
     for (int i = 0; i < N; i++)
         for (int k = 0; k < K; k++) {
-            const Lanes here = magnitude(x[i][k]);
+            const Lanes here = magnitude(x[k * N + i]);
             const Ints further = here > size[k];
             size[k] = further ? here : size[k];
-            extreme[k] = further ? x[i][k] : extreme[k];
+            extreme[k] = further ? x[k * N + i] : extreme[k];
         }
     for (int i = 0; i < N; i++)
         for (int k = 0; k < K; k++) {
-            level[i][k] = within(rounded(low / extreme[k] * x[i][k]), low, high);
-            weight[i][k] = x[i][k] * x[i][k];
-            sum_xl[k] += weight[i][k] * x[i][k] * level[i][k];
-            sum_l2[k] += weight[i][k] * level[i][k] * level[i][k];
+            level[k * N + i] = within(rounded(low / extreme[k] * x[k * N + i]), low, high);
+            weight[k * N + i] = x[k * N + i] * x[k * N + i];
+            sum_xl[k] += weight[k * N + i] * x[k * N + i] * level[k * N + i];
+            sum_l2[k] += weight[k * N + i] * level[k * N + i] * level[k * N + i];
         }
     for (int round = 0; round < 5; round++) {
         Ints changed = {};
         for (int i = 0; i < N; i++)
             for (int k = 0; k < K; k++) {
-                Lanes xl = sum_xl[k] - weight[i][k] * x[i][k] * level[i][k];
-                Lanes l2 = sum_l2[k] - weight[i][k] * level[i][k] * level[i][k];
+                Lanes xl = sum_xl[k] - weight[k * N + i] * x[k * N + i] * level[k * N + i];
+                Lanes l2 = sum_l2[k] - weight[k * N + i] * level[k * N + i] * level[k * N + i];
                 const Ints usable = xl > zero;
-                const Lanes other = floats(within(nearest_int(x[i][k] * l2 / xl), -range, range - 1));
-                xl += weight[i][k] * x[i][k] * other;
-                l2 += weight[i][k] * other * other;
-                const Ints better = usable & (other != level[i][k]) & (l2 > zero) &
+                const Lanes other = floats(within(nearest_int(x[k * N + i] * l2 / xl), -range, range - 1));
+                xl += weight[k * N + i] * x[k * N + i] * other;
+                l2 += weight[k * N + i] * other * other;
+                const Ints better = usable & (other != level[k * N + i]) & (l2 > zero) &
                                     (xl * xl * sum_l2[k] > sum_xl[k] * sum_xl[k] * l2);
-                level[i][k] = better ? other : level[i][k];
+                level[k * N + i] = better ? other : level[k * N + i];
                 sum_xl[k] = better ? xl : sum_xl[k];
                 sum_l2[k] = better ? l2 : sum_l2[k];
                 changed |= better;
@@ -254,6 +284,6 @@ LANEWISE void fit_by_coordinate(int range, const Lanes (*x)[K], Lanes *levels, L
     for (int k = 0; k < K; k++) {
         const Ints zeros = size[k] < ALL_ZERO;
         scale[k] = (zeros | ~(sum_l2[k] > zero)) ? zero : sum_xl[k] / sum_l2[k];
-        for (int i = 0; i < N; i++) levels[k * N + i] = zeros ? every(low) : level[i][k];
+        for (int i = 0; i < N; i++) levels[k * N + i] = zeros ? every(low) : level[k * N + i];
     }
 }

@@ -13,81 +13,68 @@ LANEWISE void store_symmetric(Tile &tile, int j, Lanes step, const Lanes *fallba
     const Ints flat = step == Lanes{};
     for (int i = 0; i < 16; i++) {
         const Ints level = within(nearest_int(tile.x[j * 16 + i] / step), -RANGE, RANGE - 1);
-        store(tile, j * 16 + i, (flat ? integers(fallback[i]) : level) + RANGE);
+        tile.level[j * 16 + i] = (flat ? integers(fallback[i]) : level) + RANGE;
     }
 }
 
 // quantize_row_q3_K_ref, and q3_K_impl with importance.
 static Ints quantize_q3(Tile &tile, bool has_importance) {
-    const int K = 4;
+    const int K = ABREAST;
     const Lanes zero = {};
     Lanes level[SUPER], scale[16], scale_level[16], d;
     if (has_importance) {
         weigh_by_importance<16>(tile, 2);
         for (int j = 0; j < 16; j += K) {
-            Lanes x[16][K], weight[16][K];
             Symmetric best[K];
-            gather<16, K>(tile.x, j, x);
-            gather<16, K>(tile.weight, j, weight);
-            fit_symmetric<16, K>(4, x, weight, best);
+            fit_symmetric<16, K>(4, tile.x + j * 16, tile.weight + j * 16, best);
             for (int k = 0; k < K; k++) {
                 scale[j + k] = best[k].scale;
                 for (int i = 0; i < 16; i++) {
-                    const Lanes found = within(rounded(best[k].inverse * x[i][k]), -4, 3);
+                    const Lanes found = within(rounded(best[k].inverse * tile.x[(j + k) * 16 + i]), -4.f, 3.f);
                     level[(j + k) * 16 + i] = best[k].zeros ? every(-4.f) : found;
                 }
             }
         }
         Symmetric whole;
-        fit_symmetric<16, 1>(32, (const Lanes(*)[1])scale, (const Lanes(*)[1])tile.sum_weight, &whole);
+        fit_symmetric<16, 1>(32, scale, tile.sum_weight, &whole);
         d = whole.scale;
         for (int j = 0; j < 16; j++)
-            scale_level[j] = whole.zeros ? every(-32.f) : within(rounded(whole.inverse * scale[j]), -32, 31);
+            scale_level[j] = whole.zeros ? every(-32.f) : within(rounded(whole.inverse * scale[j]), -32.f, 31.f);
     } else {
         for (int j = 0; j < 16; j += K) {
-            Lanes x[16][K];
-            gather<16, K>(tile.x, j, x);
-            fit_by_coordinate<16, K>(4, x, level + j * 16, scale + j);
+            fit_by_coordinate<16, K>(4, tile.x + j * 16, level + j * 16, scale + j);
         }
         Lanes size;
         const Lanes extreme = extreme_of(scale, 16, &size), inverse = -32.f / extreme;
         const Ints present = extreme != zero;
         d = present ? 1.f / inverse : zero;
         for (int j = 0; j < 16; j++)
-            scale_level[j] = present ? within(rounded(inverse * scale[j]), -32, 31) : every(-32.f);
+            scale_level[j] = present ? within(rounded(inverse * scale[j]), -32.f, 31.f) : every(-32.f);
     }
     uint16_t halves[LANES];
     d = to_halves(d, halves);
     for (int j = 0; j < 16; j++) store_symmetric<4>(tile, j, d * scale_level[j], level + j * 16);
-    for (int lane = 0; lane < tile.count; lane++) {
-        uint8_t *out = tile.out + lane * 110, levels[SUPER];
-        levels_of(tile, lane, levels);
-        pack_one_bit(levels, 2, out);
-        pack_two_bits(levels, out + 32);
-        memset(out + 96, 0, 12);
-        for (int j = 0; j < 16; j++) {  // six bits: four in bytes 0 to 7, two in bytes 8 to 11
-            const int six = (int)scale_level[j][lane] + 32;
-            out[96 + j % 8] |= (uint8_t)((six & 15) << (j < 8 ? 0 : 4));
-            out[104 + j % 4] |= (uint8_t)(six >> 4 << 2 * (j / 4));
-        }
-        put(out + 108, halves[lane]);
-    }
+    pack_one_bit(tile, 2, 0);
+    pack_two_bits(tile, 32);
+    const auto six = [&](int j) { return integers(scale_level[j]) + 32; };  // four bits first, then the upper two
+    put_bytes(tile, 96, 8, [&](int j) { return (six(j) & 15) | (six(j + 8) & 15) << 4; });
+    put_bytes(tile, 104, 4, [&](int j) {
+        return six(j) >> 4 | six(j + 4) >> 4 << 2 | six(j + 8) >> 4 << 4 | six(j + 12) >> 4 << 6;
+    });
+    put_halves(tile, 108, halves);
     return Ints{};
 }
 
 // quantize_row_q6_K_ref, and q6_K_impl with importance.
 static Ints quantize_q6(Tile &tile, bool has_importance) {
-    const int K = 2;
+    const int K = ABREAST;
     if (!has_importance)
         for (int i = 0; i < SUPER; i++) tile.weight[i] = tile.x[i] * tile.x[i];
     Lanes scale[16], inverse[16], scale_level[16], size;
     Ints zeros[16];
     for (int j = 0; j < 16; j += K) {
-        Lanes x[16][K], weight[16][K];
         Symmetric best[K];
-        gather<16, K>(tile.x, j, x);
-        gather<16, K>(tile.weight, j, weight);
-        fit_symmetric<16, K>(32, x, weight, best);
+        fit_symmetric<16, K>(32, tile.x + j * 16, tile.weight + j * 16, best);
         for (int k = 0; k < K; k++) {
             scale[j + k] = best[k].scale;
             inverse[j + k] = best[k].inverse;
@@ -100,30 +87,22 @@ static Ints quantize_q6(Tile &tile, bool has_importance) {
     for (int j = 0; j < 16; j++) {
         Lanes level[16];
         for (int i = 0; i < 16; i++) {
-            const Lanes found = within(rounded(inverse[j] * tile.x[j * 16 + i]), -32, 31);
+            const Lanes found = within(rounded(inverse[j] * tile.x[j * 16 + i]), -32.f, 31.f);
             level[i] = zeros[j] ? every(-32.f) : found;
         }
         scale_level[j] = smaller(rounded(per_scale * scale[j]), every(127.f));
         store_symmetric<32>(tile, j, d * scale_level[j], level);
     }
-    for (int lane = 0; lane < tile.count; lane++) {
-        uint8_t *out = tile.out + lane * 210, level[SUPER];
-        if (size[lane] < ALL_ZERO) {
-            memset(out, 0, 210);
-            continue;
-        }
-        levels_of(tile, lane, level);
-        for (int half = 0; half < 2; half++) {
-            const uint8_t *from = level + half * 128;
-            for (int i = 0; i < 32; i++) {
-                out[half * 64 + i] = (uint8_t)((from[i] & 15) | from[i + 64] << 4);
-                out[half * 64 + 32 + i] = (uint8_t)((from[i + 32] & 15) | from[i + 96] << 4);
-                out[128 + half * 32 + i] = (uint8_t)(from[i] >> 4 | from[i + 32] >> 4 << 2 | from[i + 64] >> 4 << 4 |
-                                                     from[i + 96] >> 4 << 6);
-            }
-        }
-        for (int j = 0; j < 16; j++) out[192 + j] = (uint8_t)(int8_t)scale_level[j][lane];
-        put(out + 208, halves[lane]);
+    for (int half = 0; half < 2; half++) {
+        const Ints *level = tile.level + half * 128;
+        put_bytes(tile, half * 64, 64, [=](int i) { return (level[i] & 15) | (level[i + 64] & 15) << 4; });
+        put_bytes(tile, 128 + half * 32, 32, [=](int i) {
+            return level[i] >> 4 | level[i + 32] >> 4 << 2 | level[i + 64] >> 4 << 4 | level[i + 96] >> 4 << 6;
+        });
     }
+    put_bytes(tile, 192, 16, [&](int j) { return integers(scale_level[j]) & 255; });
+    put_halves(tile, 208, halves);
+    for (int lane = 0; lane < tile.count; lane++)
+        if (size[lane] < ALL_ZERO) memset(tile.out + lane * 210, 0, 210);
     return Ints{};
 }

@@ -13,20 +13,11 @@ struct Tile {
     Lanes x[SUPER];
     Lanes weight[SUPER];  // of the error of each x
     Lanes sum_weight[16];  // of each sub-block; only where there is an importance matrix
-    uint8_t level[SUPER][LANES];
+    Ints level[SUPER];
     int count;  // super-blocks; the lanes behind them repeat the first
+    int block_bytes;
     uint8_t *out;
 };
-
-// The levels of one super-block, in order.
-static inline void levels_of(const Tile &tile, int lane, uint8_t *levels) {
-    for (int i = 0; i < SUPER; i++) levels[i] = tile.level[i][lane];
-}
-
-LANEWISE void store(Tile &tile, int i, Ints levels) {
-    const Bytes row = bytes(levels);
-    memcpy(tile.level[i], &row, sizeof row);
-}
 
 static inline void transpose(const float *rows, int count, Lanes *columns) {
     for (int first = 0; first < SUPER; first += 16) {
@@ -39,7 +30,8 @@ static inline void transpose(const float *rows, int count, Lanes *columns) {
 }
 
 // Each super-block's stretch of the importance of a row's columns, which repeats from row to row.
-static inline void transpose_importance(const float *importance, int64_t first, int64_t per_row, int count, Lanes *columns) {
+static inline void transpose_importance(const float *importance, int64_t first, int64_t per_row, int count,
+                                        Lanes *columns) {
     for (int lane = 0; lane < LANES; lane++) {
         const float *stretch = importance + (first + (lane < count ? lane : 0)) % per_row * SUPER;
         for (int i = 0; i < SUPER; i++) columns[i][lane] = stretch[i];
@@ -60,13 +52,6 @@ static inline void weigh_by_importance(Tile &tile, float factor) {
         }
         tile.sum_weight[j] = sum;
     }
-}
-
-// K sub-blocks of N side by side, as the searches take them.
-template <int N, int K>
-LANEWISE void gather(const Lanes *from, int sub_block, Lanes (*to)[K]) {
-    for (int i = 0; i < N; i++)
-        for (int k = 0; k < K; k++) to[i][k] = from[(sub_block + k) * N + i];
 }
 
 // The scale with the largest magnitude, with its sign; the first of equals.
@@ -90,26 +75,50 @@ LANEWISE Lanes to_halves(Lanes values, uint16_t *halves) {
     return back;
 }
 
-static inline void put(uint8_t *out, uint16_t half) { memcpy(out, &half, sizeof half); }
-
-// Two bits of four weights that lie 32 apart to a byte, for 128 weights after 128.
-static inline void pack_two_bits(const uint8_t *level, uint8_t *out) {
-    for (int half = 0; half < SUPER; half += 128, level += 128, out += 32)
-        for (int i = 0; i < 32; i++)
-            out[i] = (uint8_t)((level[i] & 3) | (level[i + 32] & 3) << 2 | (level[i + 64] & 3) << 4 |
-                               (level[i + 96] & 3) << 6);
+// Bytes `offset` to `offset + 4` of every block, the lowest first.
+LANEWISE void put_words(Tile &tile, int offset, Ints words) {
+    for (int lane = 0; lane < tile.count; lane++) {
+        const int32_t word = words[lane];
+        memcpy(tile.out + lane * tile.block_bytes + offset, &word, sizeof word);
+    }
 }
 
-// Four bits of two weights that lie 32 apart to a byte, for 64 weights after 64.
-static inline void pack_four_bits(const uint8_t *level, uint8_t *out) {
-    for (int part = 0; part < SUPER; part += 64, level += 64, out += 32)
-        for (int i = 0; i < 32; i++) out[i] = (uint8_t)((level[i] & 15) | level[i + 32] << 4);
+LANEWISE void put_halves(Tile &tile, int offset, const uint16_t *halves) {
+    for (int lane = 0; lane < tile.count; lane++)
+        memcpy(tile.out + lane * tile.block_bytes + offset, &halves[lane], sizeof *halves);
+}
+
+// `count` bytes of every block: `byte(i)` gives byte i of each, as numbers from 0 to 255.
+template <typename Byte>
+LANEWISE void put_bytes(Tile &tile, int offset, int count, Byte byte) {
+    for (int i = 0; i < count; i += 4)
+        put_words(tile, offset + i, byte(i) | byte(i + 1) << 8 | byte(i + 2) << 16 | byte(i + 3) << 24);
+}
+
+// The lower two bits of four weights that lie 32 apart to a byte, for 128 weights after 128.
+static inline void pack_two_bits(Tile &tile, int offset) {
+    for (int half = 0; half < 2; half++) {
+        const Ints *level = tile.level + half * 128;
+        put_bytes(tile, offset + half * 32, 32, [=](int i) {
+            return (level[i] & 3) | (level[i + 32] & 3) << 2 | (level[i + 64] & 3) << 4 | (level[i + 96] & 3) << 6;
+        });
+    }
+}
+
+// The lower four bits of two weights that lie 32 apart to a byte, for 64 weights after 64.
+static inline void pack_four_bits(Tile &tile, int offset) {
+    for (int part = 0; part < 4; part++) {
+        const Ints *level = tile.level + part * 64;
+        put_bytes(tile, offset + part * 32, 32, [=](int i) { return (level[i] & 15) | (level[i + 32] & 15) << 4; });
+    }
 }
 
 // Bit `bit` of eight weights that lie 32 apart to a byte.
-static inline void pack_one_bit(const uint8_t *level, int bit, uint8_t *out) {
-    for (int i = 0; i < 32; i++) {
-        out[i] = 0;
-        for (int part = 0; part < 8; part++) out[i] |= (uint8_t)((level[part * 32 + i] >> bit & 1) << part);
-    }
+static inline void pack_one_bit(Tile &tile, int bit, int offset) {
+    const Ints *level = tile.level;
+    put_bytes(tile, offset, 32, [=](int i) {
+        Ints byte = {};
+        for (int part = 0; part < 8; part++) byte |= (level[part * 32 + i] >> bit & 1) << part;
+        return byte;
+    });
 }

@@ -12,6 +12,7 @@ from quant.kernels import Kernels, best
 from quant.recipes import TensorSpec
 from runtime.errors import CheckpointError, UserError
 from runtime.ggml import GgmlType, block_bytes, row_bytes, widen
+from runtime.levels import Search
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,6 +102,7 @@ def encode(
     importance: "NDArray[np.float32] | None" = None,
     name: str = "a tensor",
     kernels: Kernels | None = None,
+    search: Search = Search.GGML,
 ) -> "NDArray[np.uint8]":
     """Checked rows (count, row_length) as blocks of `type_`: (count * row_bytes,), by the best kernels or those given.
 
@@ -110,7 +112,7 @@ def encode(
     import numpy as np
 
     blocks = np.empty(rows.shape[0] * row_bytes(type_, rows.shape[1]), np.uint8)
-    (kernels or best()).encode(rows, type_, blocks, importance)
+    (kernels or best()).encode(rows, type_, blocks, importance, search)
     if importance is not None and not _all_finite(blocks, type_):
         raise UnusableImportanceError(
             f"{name} cannot be {type_.name} with this importance matrix: its values for it, up to "

@@ -19,11 +19,12 @@ from quant.journal import Fingerprint
 from quant.kernels import Kernels, best
 from quant.plan import ConversionPlan, LevelPlan, plan_conversion
 from quant.provenance import VERSION_KEYS, versions
+from quant.recipes import Encoding
 from quant.shards import SYNC_SECONDS, LevelFiles, LevelState, demand, examine, tidy
 from quant.source import WeightReader
 from quant.work import Progress, Work, check, jobs, usable_cores
 from runtime.errors import OutputError, UserError
-from runtime.levels import plain
+from runtime.levels import Search, plain
 
 ASPECTS = {
     "source": "the weights",
@@ -71,13 +72,17 @@ def convert(
 
     `threads` is by default the number of cores this process may use. `overwrite` allows replacing finished files, and
     beginning anew what was begun otherwise. `progress` and `cancelled` are called from this thread, after every chunk.
-    A kill loses at most about `sync_seconds` of work. `kernels` are the best by default; all make the same bytes.
+    A kill loses at most about `sync_seconds` of work. `kernels` are the best by default; all that can make what
+    is wanted make the same bytes.
     Raises CheckpointError, OutputError.
     """
     if threads is not None and threads < 1:
         raise UserError(f"{threads} threads cannot convert anything; give 1 or more")
     threads = threads or usable_cores()
     began = time.monotonic()
+    kernels = kernels or best()
+    for encoding in {tensor.encoding for level in plan.levels for tensor in level.tensors}:
+        kernels.check(encoding.type, encoding.search)
     left = unfinished(plan, overwrite)
     for level in plan.levels:
         if level not in [unfinished_level for unfinished_level, _ in left]:
@@ -97,7 +102,7 @@ def convert(
         check(levels, threads, progress)
         todo = jobs(plan, levels)
         digests |= {job.spec.name: job.source_digest for job in todo}
-        work = Work(plan, reader, todo, kernels or best())
+        work = Work(plan, reader, todo, kernels)
         try:
             finished = work.run(threads, progress, cancelled)
         except (UnusableWeightError, UnusableImportanceError):
@@ -147,7 +152,7 @@ def _check_input_stays(plan: ConversionPlan, level: LevelPlan) -> None:
 def fingerprint(plan: ConversionPlan, level: LevelPlan) -> Fingerprint:
     """Changes whenever a level's bytes could, one value for each of ASPECTS."""
     layout = [
-        f"{file.path.name} {tensor.spec.name} {tensor.type.name} {tensor.offset - len(file.header)}"
+        f"{file.path.name} {tensor.spec.name} {_word(tensor.encoding)} {tensor.offset - len(file.header)}"
         for file in level.files
         for tensor in file.tensors
     ]
@@ -161,6 +166,11 @@ def fingerprint(plan: ConversionPlan, level: LevelPlan) -> Fingerprint:
         "imatrix": plan.importance.sha256 if plan.importance is not None else "",
         "versions": ", ".join(f"{key} {value}" for key, value in versions().items()),
     }
+
+
+def _word(encoding: Encoding) -> str:
+    """Of a plain level, as it always was, so that what an earlier version made is still known."""
+    return encoding.type.name if encoding.search is Search.GGML else f"{encoding.type.name}:{encoding.search}"
 
 
 def _state(plan: ConversionPlan, level: LevelPlan, overwrite: bool) -> LevelState:

@@ -17,7 +17,7 @@ from quant.disks import Disk, disks
 from quant.kernels import Kernels, best
 from quant.naming import is_rotary
 from quant.plan import ConversionPlan
-from quant.recipes import TensorSpec
+from quant.recipes import Encoding, TensorSpec
 from quant.shards import LevelState, demand
 from quant.work import WINDOW
 from runtime.ggml import GgmlType, initialize, row_bytes
@@ -70,22 +70,22 @@ def peak_memory_bytes(plan: ConversionPlan, threads: int) -> int:
     keeps of memory that was given back.
     """
     widest = 0
-    for spec, types in types_wanted(plan).items():
+    for spec, encodings in encodings_wanted(plan).items():
         chunk = next(chunks(spec, plan.source.shape.head_dim if is_rotary(spec) else 1))
         weights = chunk.count * spec.row_length
         stored = weights * plan.source.tensors[spec.name].row_bytes // spec.row_length
-        blocks = sum(chunk.count * row_bytes(type_, spec.row_length) for type_ in types)
+        blocks = sum(chunk.count * row_bytes(encoding.type, spec.row_length) for encoding in encodings)
         widest = max(widest, threads * (2 * stored + 4 * weights + PIECE_BYTES) + (WINDOW * threads + CROWD) * blocks)
     headers = sum(len(file.header) for level in plan.levels for file in level.files)
     return resident_bytes() + headers + widest * 4 // 3
 
 
-def types_wanted(plan: ConversionPlan) -> dict[TensorSpec, set[GgmlType]]:
-    """Tensor → the types that some level wants it in; each is made once."""
-    wanted: dict[TensorSpec, set[GgmlType]] = {spec: set() for spec in plan.source.specs}
+def encodings_wanted(plan: ConversionPlan) -> dict[TensorSpec, set[Encoding]]:
+    """Tensor → the encodings that some level wants it in; each is made once."""
+    wanted: dict[TensorSpec, set[Encoding]] = {spec: set() for spec in plan.source.specs}
     for level in plan.levels:
         for tensor in level.tensors:
-            wanted[tensor.spec].add(tensor.type)
+            wanted[tensor.spec].add(tensor.encoding)
     return wanted
 
 
@@ -128,28 +128,29 @@ def as_json(plan: ConversionPlan, cost: Estimate, states: Mapping[str, LevelStat
 
 def _seconds(plan: ConversionPlan, kernels: Kernels) -> Iterable[float]:
     """Of one core, for each tensor."""
-    encoding: dict[GgmlType, float] = {}
+    making: dict[Encoding, float] = {}
     passing: dict[GgmlType, float] = {}
-    for spec, types in types_wanted(plan).items():
+    for spec, wanted in encodings_wanted(plan).items():
         tensor = plan.source.tensors[spec.name]
         if tensor.dtype not in passing:
             passing[tensor.dtype] = _passing_seconds(tensor.dtype)
-        for type_ in types - {tensor.dtype} - encoding.keys():
-            encoding[type_] = _encoding_seconds(type_, kernels)
-        yield spec.n_elements * (passing[tensor.dtype] + sum(encoding[t] for t in types - {tensor.dtype}))
+        made = wanted - {Encoding(tensor.dtype)}
+        for encoding in made - making.keys():
+            making[encoding] = _encoding_seconds(encoding, kernels)
+        yield spec.n_elements * (passing[tensor.dtype] + sum(making[encoding] for encoding in made))
 
 
-def _encoding_seconds(type_: GgmlType, kernels: Kernels) -> float:
-    """Of one core, for a weight made into blocks of a type and hashed."""
+def _encoding_seconds(encoding: Encoding, kernels: Kernels) -> float:
+    """Of one core, for a weight made into blocks and hashed."""
     import numpy as np
 
-    initialize(type_)
+    initialize(encoding.type)
     rows = np.random.default_rng(0).standard_normal((CALIBRATION_ROWS, CALIBRATION_COLUMNS), np.float32)
     rows *= np.float32(0.02)
     began = time.perf_counter()
     rounds = 0
     while (passed := time.perf_counter() - began) < CALIBRATION_SECONDS:
-        hashlib.sha256(encode(rows, type_, kernels=kernels).data).digest()
+        hashlib.sha256(encode(rows, encoding.type, kernels=kernels, search=encoding.search).data).digest()
         rounds += 1
     return passed / (rounds * rows.size)
 

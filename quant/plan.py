@@ -15,7 +15,7 @@ from quant.header import Metadata, Value, ValueType, header, padded
 from quant.imatrix import ImportanceMatrix, check_fits, imatrix_metadata
 from quant.metadata import at_recipe
 from quant.provenance import described
-from quant.recipes import TensorSpec, types
+from quant.recipes import Encoding, TensorSpec, types
 from quant.source import Source
 from runtime.errors import OutputError
 from runtime.ggml import GgmlType
@@ -30,16 +30,20 @@ if TYPE_CHECKING:
 SHARD_BYTES = 48_000_000_000
 """Tensor bytes of a shard at most. Hugging Face takes files up to 50 GB."""
 
-TypedTensor = tuple[TensorSpec, GgmlType]
+EncodedTensor = tuple[TensorSpec, Encoding]
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor in a file: its type, and where it starts in bytes from the start of the file."""
+    """A tensor in a file: how it is made, and where it starts in bytes from the start of the file."""
 
     spec: TensorSpec
-    type: GgmlType
+    encoding: Encoding
     offset: int
+
+    @property
+    def type(self) -> GgmlType:
+        return self.encoding.type
 
     @property
     def n_bytes(self) -> int:
@@ -155,22 +159,22 @@ def plan_conversion(
     plans = []
     for recipe in wanted:
         chosen = types(source.shape, recipe, source.specs)
-        typed = [(spec, chosen[spec.name]) for spec in source.specs]
+        encoded = [(spec, Encoding.of(chosen[spec.name], recipe.search)) for spec in source.specs]
         metadata = at_recipe(source.metadata, recipe, extra)
         base = (elsewhere or {}).get(recipe.name, folder) / recipe.name / f"{stem}-{recipe.name}"
-        plans.append(LevelPlan(recipe, metadata, _files(metadata, typed, base, shard_bytes)))
+        plans.append(LevelPlan(recipe, metadata, _files(metadata, encoded, base, shard_bytes)))
     return ConversionPlan(source, tuple(plans), importance)
 
 
-def _files(metadata: Metadata, typed: Sequence[TypedTensor], base: Path, shard_bytes: int) -> tuple[FilePlan, ...]:
-    groups = _cut(typed, shard_bytes)
+def _files(metadata: Metadata, encoded: Sequence[EncodedTensor], base: Path, shard_bytes: int) -> tuple[FilePlan, ...]:
+    groups = _cut(encoded, shard_bytes)
     if len(groups) == 1:
-        return (_file(base.with_name(f"{base.name}.gguf"), metadata, typed),)
+        return (_file(base.with_name(f"{base.name}.gguf"), metadata, encoded),)
     files = []
     for i, group in enumerate(groups):
         keys = {
             "split.no": Value(ValueType.UINT16, i),
-            "split.tensors.count": Value(ValueType.INT32, len(typed)),
+            "split.tensors.count": Value(ValueType.INT32, len(encoded)),
             "split.count": Value(ValueType.UINT16, len(groups)),
         }
         path = base.with_name(f"{base.name}-{i + 1:05d}-of-{len(groups):05d}.gguf")
@@ -178,21 +182,23 @@ def _files(metadata: Metadata, typed: Sequence[TypedTensor], base: Path, shard_b
     return tuple(files)
 
 
-def _file(path: Path, metadata: Metadata, typed: Sequence[TypedTensor]) -> FilePlan:
-    start = header(metadata, typed)
-    placed = tuple(PlacedTensor(spec, type_, at) for (spec, type_), at in zip(typed, start.offsets, strict=True))
+def _file(path: Path, metadata: Metadata, encoded: Sequence[EncodedTensor]) -> FilePlan:
+    start = header(metadata, [(spec, encoding.type) for spec, encoding in encoded])
+    placed = tuple(
+        PlacedTensor(spec, encoding, at) for (spec, encoding), at in zip(encoded, start.offsets, strict=True)
+    )
     return FilePlan(path, start.data, placed, start.file_bytes)
 
 
-def _cut(typed: Sequence[TypedTensor], shard_bytes: int) -> list[list[TypedTensor]]:
+def _cut(encoded: Sequence[EncodedTensor], shard_bytes: int) -> list[list[EncodedTensor]]:
     """Consecutive tensors whose padded sizes stay within `shard_bytes`; a larger tensor stands alone."""
-    groups: list[list[TypedTensor]] = [[]]
+    groups: list[list[EncodedTensor]] = [[]]
     filled = 0
-    for spec, type_ in typed:
-        n_bytes = padded(spec.n_bytes(type_))
+    for spec, encoding in encoded:
+        n_bytes = padded(spec.n_bytes(encoding.type))
         if groups[-1] and filled + n_bytes > shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append((spec, type_))
+        groups[-1].append((spec, encoding))
         filled += n_bytes
     return groups

@@ -9,10 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
+from quant.kernels import SEARCHED
 from runtime.errors import UserError
 from runtime.ggml import GgmlType, block_elements, row_bytes
-from runtime.levels import LEVELS, UNQUANTIZED, Recipe, Shape, plain
+from runtime.levels import LEVELS, UNQUANTIZED, Recipe, Search, Shape, plain
 from runtime.placement import Weights
 
 BASE_TYPES = {
@@ -77,6 +79,19 @@ class TensorSpec:
     def n_bytes(self, type_: GgmlType) -> int:
         """Bytes of the tensor stored as `type_`, without padding."""
         return self.rows * row_bytes(type_, self.row_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a tensor's blocks are made: equal encodings of equal weights are equal bytes."""
+
+    type: GgmlType
+    search: Search = Search.GGML
+
+    @classmethod
+    def of(cls, type_: GgmlType, search: Search) -> Self:
+        """Where no other search is known for a type, ggml's."""
+        return cls(type_, search if type_ in SEARCHED else Search.GGML)
 
 
 def tensors(shape: Shape) -> tuple[TensorSpec, ...]:

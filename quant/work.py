@@ -1,8 +1,8 @@
 """The threads of a conversion: chunks of rows in, blocks at their places out.
 
-A thread reads a chunk, and makes the blocks of each type that some level wants, once for all of those levels. Chunks
-are handed out in the order of the files and at most a window of them is under way, so memory is bounded by chunk and
-thread count, not by the model. Knows nothing of what is already there, or of final names.
+A thread reads a chunk, and makes its blocks in each encoding that some level wants, once for all of those levels.
+Chunks are handed out in the order of the files and at most a window of them is under way, so memory is bounded by chunk
+and thread count, not by the model. Knows nothing of what is already there, or of final names.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from quant.blocks import Chunk, check_weights, chunks, encode, to_float32
 from quant.kernels import Kernels
 from quant.naming import is_rotary
 from quant.plan import ConversionPlan, FilePlan, PlacedTensor
-from quant.recipes import TensorSpec
+from quant.recipes import Encoding, TensorSpec
 from quant.shards import LevelFiles
 from quant.source import SourceTensor, WeightReader
-from runtime.ggml import GgmlType, initialize, row_bytes
+from runtime.ggml import initialize, row_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,13 +83,13 @@ class Stop:
 
 
 class Job:
-    """One tensor, and where its blocks of each type go."""
+    """One tensor, and where its blocks of each encoding go."""
 
     def __init__(
         self,
         spec: TensorSpec,
         source: SourceTensor,
-        targets: Mapping[GgmlType, Sequence[tuple[LevelFiles, FilePlan, PlacedTensor]]],
+        targets: Mapping[Encoding, Sequence[tuple[LevelFiles, FilePlan, PlacedTensor]]],
         head_dim: int,
     ) -> None:
         self.spec = spec
@@ -112,12 +112,14 @@ class Job:
 
 def jobs(plan: ConversionPlan, levels: Iterable[LevelFiles]) -> list[Job]:
     """What is left to do, in the order of the files. A tensor is left if some level has not finished it."""
-    targets: dict[str, dict[GgmlType, list[tuple[LevelFiles, FilePlan, PlacedTensor]]]] = {}
+    targets: dict[str, dict[Encoding, list[tuple[LevelFiles, FilePlan, PlacedTensor]]]] = {}
     for files in levels:
         for file in files.plan.files:
             for tensor in file.tensors:
                 if tensor.spec.name not in files.tensors:
-                    targets.setdefault(tensor.spec.name, {}).setdefault(tensor.type, []).append((files, file, tensor))
+                    targets.setdefault(tensor.spec.name, {}).setdefault(tensor.encoding, []).append(
+                        (files, file, tensor)
+                    )
     source = plan.source
     return [
         Job(spec, source.tensors[spec.name], targets[spec.name], source.shape.head_dim)
@@ -175,7 +177,7 @@ class Work:
 
     def run(self, threads: int, report: Report, cancelled: Callable[[], bool]) -> bool:
         """Work until all is done (True) or `cancelled` (False)."""
-        for type_ in {type_ for job in self._jobs for type_ in job.targets}:
+        for type_ in {encoding.type for job in self._jobs for encoding in job.targets}:
             initialize(type_)
         work = ((job, index) for job in self._jobs for index in range(len(job.chunks)))
         pool = ThreadPoolExecutor(threads, "quantize")
@@ -214,17 +216,17 @@ class Work:
         stored = self._reader.rows(job.source, chunk.first, chunk.count)
         job.note(index, stored)
         rows = to_float32(stored, job.source.dtype)
-        check_weights(rows, job.targets, job.source.name, chunk.first)
+        check_weights(rows, [encoding.type for encoding in job.targets], job.source.name, chunk.first)
         importance = self._plan.importance_of(job.spec)
         n_written = 0
-        for type_, targets in job.targets.items():
+        for encoding, targets in job.targets.items():
             if self._stop():
                 break
-            if type_ is job.source.dtype:
+            if encoding.type is job.source.dtype:
                 blocks = stored.view(np.uint8).reshape(-1).data
             else:
-                blocks = encode(rows, type_, importance, job.spec.name, self._kernels).data
-            within = chunk.first * row_bytes(type_, job.spec.row_length)
+                blocks = encode(rows, encoding.type, importance, job.spec.name, self._kernels, encoding.search).data
+            within = chunk.first * row_bytes(encoding.type, job.spec.row_length)
             for files, file, tensor in targets:
                 files.write(file, tensor.offset + within, blocks)
                 n_written += len(blocks)

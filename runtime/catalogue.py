@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from runtime.errors import CatalogueError
 from runtime.events import Sampling
 from runtime.ggml import GgmlType
-from runtime.levels import EVERY_LEVEL, LEVELS, Recipe, Shape, plain
+from runtime.levels import EVERY_LEVEL, LEVELS, Recipe, Search, Shape, plain
 from runtime.patterns import checked_pattern
 from runtime.prompts import KINDS
 
@@ -261,7 +261,7 @@ def _recipes(files: Iterable["_Node"]) -> dict[str, Recipe]:
 
 
 def _recipe(name: str, node: "_Node") -> Recipe:
-    node.only("base", "tensors", "output", "embedding", "note")
+    node.only("base", "tensors", "output", "embedding", "search", "note")
     if not _RECIPE_NAME.fullmatch(name):
         raise CatalogueError(
             f"{node.file}: {node.place}: cannot end the names of files; a recipe's name has up to 64 letters, digits "
@@ -283,8 +283,16 @@ def _recipe(name: str, node: "_Node") -> Recipe:
         tuple((_own_pattern(tensors, pattern), _own_type(tensors, pattern)) for pattern in tensors.tree),
         output,
         embedding,
+        _search(node),
         node.optional("note") or "",
     )
+
+
+def _search(node: "_Node") -> Search:
+    text = node.optional("search") or Search.GGML
+    if text not in (known := [*Search]):
+        node.fail("search", f"{text!r} is not a search{_nearest(text, known)}; known: {', '.join(known)}")
+    return Search(text)
 
 
 def _own_type(node: "_Node", key: str) -> GgmlType:

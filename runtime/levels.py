@@ -5,6 +5,7 @@ needed to know every tensor of a Mistral-shaped model without its weights. Knows
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from runtime.ggml import GgmlType
 
@@ -19,6 +20,15 @@ UNQUANTIZED = (ORIGINAL, "F16")
 
 EVERY_LEVEL = (*LEVELS, "F16", ORIGINAL)
 """All that Bise makes without a recipe of one's own."""
+
+
+class Search(StrEnum):
+    """How the blocks of a tensor are looked for. The size is the same either way."""
+
+    GGML = "ggml"
+    """As llama.cpp does it: its bytes."""
+    BEST = "best"
+    """Longer, from ggml's answer on: less error in the same format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,7 @@ class Recipe:
     """Type of output.weight."""
     embedding: GgmlType | None = None
     """Type of token_embd.weight."""
+    search: Search = Search.GGML
     note: str = field(default="", compare=False)
     """What it is for, in a sentence."""
 
@@ -48,6 +59,7 @@ class Recipe:
         parts = [f"{pattern}={type_.name}" for pattern, type_ in self.tensors]
         parts += [f"output={self.output.name}"] if self.output is not None else []
         parts += [f"embedding={self.embedding.name}"] if self.embedding is not None else []
+        parts += [f"search={self.search}"] if self.search is not Search.GGML else []
         return ", ".join(parts)
 
 

@@ -13,7 +13,7 @@ from quant.recipes import types
 from runtime.catalogue import load, parse_bytes, parse_levels, parse_override, parse_recipes, parse_type
 from runtime.errors import CatalogueError
 from runtime.ggml import GgmlType, type_name
-from runtime.levels import LEVELS, ORIGINAL, Recipe, plain
+from runtime.levels import LEVELS, ORIGINAL, Recipe, Search, plain
 from tests.checkpoints import MISTRAL_LARGE_2
 
 SHIPPED = Path(__file__).parent.parent / "models.yaml"
@@ -278,7 +278,7 @@ KNOWN = {"Mine": Recipe("Mine", "BF16"), "b": Recipe("b", "Q2_K")}
 def test_recipes_are_read_with_their_patterns_in_order(own: Path) -> None:
     own.write_text(RECIPES, encoding="utf-8")
     recipes = load(SHIPPED, own).recipes
-    assert list(recipes) == ["Q4_K_M-edges", "Mine"]
+    assert list(recipes) == [*load(SHIPPED).recipes, "Q4_K_M-edges", "Mine"]
     edges = recipes["Q4_K_M-edges"]
     patterns = ((r"blk\.(0|87)\..*", GgmlType.Q8_0), ("attn_v", GgmlType.Q6_K), (r"\.", GgmlType.F16))
     assert edges == Recipe("Q4_K_M-edges", "Q4_K_M", patterns, GgmlType.Q8_0, GgmlType.BF16)
@@ -291,7 +291,8 @@ def test_the_example_in_the_shipped_file_is_a_recipe(own: Path) -> None:
     assert comment is not None
     lines = [re.sub(r" {6,}\S.*$", "", line[4:]) for line in comment[0].splitlines()]
     own.write_text("\n".join(lines), encoding="utf-8")
-    (recipe,) = load(SHIPPED, own).recipes.values()
+    recipe = load(SHIPPED, own).recipes["Q4_K_M-EDGES"]
+    assert recipe.search is Search.BEST
     assert set(types(MISTRAL_LARGE_2, recipe).values()) == {
         *(GgmlType.F32, GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.Q8_0)
     }

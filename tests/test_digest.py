@@ -12,7 +12,7 @@ import pytest
 
 from quant.digest import CROWD, FileDigest
 from quant.plan import FilePlan, PlacedTensor
-from quant.recipes import TensorSpec
+from quant.recipes import Encoding, TensorSpec
 from runtime.ggml import GgmlType
 
 HEADER = b"GGUF" + bytes(60)
@@ -24,7 +24,7 @@ def _file(n_tensors: int, seed: int = 1) -> tuple[FilePlan, bytes]:
     content, tensors = HEADER, []
     for i in range(n_tensors):
         spec = TensorSpec(f"t{i}", (rng.randrange(1, 400),))
-        tensors.append(PlacedTensor(spec, GgmlType.F32, len(content)))
+        tensors.append(PlacedTensor(spec, Encoding(GgmlType.F32), len(content)))
         content += rng.randbytes(4 * spec.row_length)
         content += bytes(-len(content) % 32)
     return FilePlan(Path("f"), HEADER, tuple(tensors), len(content)), content

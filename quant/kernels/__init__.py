@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.errors import UserError
 from runtime.ggml import GgmlType, quantize, quantize_address, row_bytes
+from runtime.levels import Search
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +22,14 @@ if TYPE_CHECKING:
 TYPES = (GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.Q8_0)
 """What the kernels make; all else is ggml's."""
 
+SEARCHED = TYPES[:-1]
+"""Types for which Search.BEST finds other blocks than ggml; of all else there is one way."""
+
 NAMES = {4: "4 lanes", 8: "8 lanes (AVX2)", 16: "16 lanes (AVX-512)"}
+
+
+class KernelsError(UserError):
+    """What is asked of kernels that are not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +47,14 @@ class Kernels:
         type_: GgmlType,
         out: "NDArray[np.uint8]",
         importance: "NDArray[np.float32] | None" = None,
+        search: Search = Search.GGML,
     ) -> None:
         """Store finite rows (n_rows, row_length) as `type_` into `out` (n_rows * row_bytes,).
 
-        `importance` (row_length,), finite and not negative, weighs the error of each column.
+        `importance` (row_length,), finite and not negative, weighs the error of each column. Raises KernelsError where
+        `search` is more than these kernels can.
         """
+        self.check(type_, search)
         if self.library is None or type_ not in TYPES:
             quantize(rows, type_, out, importance)
             return
@@ -57,9 +69,24 @@ class Kernels:
             assert importance.flags.c_contiguous
             weights = importance.ctypes.data
         referred = self.library.bise_kernels_quantize(
-            type_, rows.ctypes.data, n_rows, row_length, weights, out.ctypes.data, quantize_address()
+            type_,
+            search is Search.BEST,
+            rows.ctypes.data,
+            n_rows,
+            row_length,
+            weights,
+            out.ctypes.data,
+            quantize_address(),
         )
         assert referred >= 0, type_
+
+    def check(self, type_: GgmlType, search: Search) -> None:
+        """Raise KernelsError where `search` is more than these kernels can do for a type."""
+        if search is Search.BEST and type_ in SEARCHED and self.library is None:
+            raise KernelsError(
+                f"{self.name}'s kernels know only ggml's search, and {type_.name} is wanted by the best; leave out "
+                "--kernels reference, or install g++ and run `make setup` again, or take --search ggml"
+            )
 
 
 GGML = Kernels("ggml", 0, None)
@@ -86,7 +113,16 @@ def _open(lanes: int) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(path))
         count, pointer = ctypes.c_int64, ctypes.c_void_p
-        library.bise_kernels_quantize.argtypes = [ctypes.c_int, pointer, count, count, pointer, pointer, pointer]
+        library.bise_kernels_quantize.argtypes = [
+            ctypes.c_int,
+            ctypes.c_bool,
+            pointer,
+            count,
+            count,
+            pointer,
+            pointer,
+            pointer,
+        ]
         library.bise_kernels_quantize.restype = ctypes.c_int64
         library.bise_kernels_best_lanes.argtypes = []
     except (OSError, AttributeError):  # not built, or of another processor

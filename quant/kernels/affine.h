@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "refine.h"
 #include "searches.h"
 #include "tile.h"
 
@@ -56,6 +57,21 @@ static Ints quantize_affine(Tile &tile, bool has_importance, int top, int scale_
     }
     d = to_halves(d, scales.d);
     dmin = to_halves(dmin, scales.dmin);
+    if (tile.is_refined) {
+        weigh_for_refinement(tile, has_importance);
+        AffineFactors<count> factors = {d, dmin, {}, {}};
+        for (int j = 0; j < count; j++) {
+            factors.scale[j] = scales.scale[j];
+            factors.minimum[j] = scales.minimum[j];
+        }
+        refine_affine<N>(tile, (float)top, (float)scale_top, factors);
+        d = to_halves(factors.d, scales.d);
+        dmin = to_halves(factors.dmin, scales.dmin);
+        for (int j = 0; j < count; j++) {
+            scales.scale[j] = factors.scale[j];
+            scales.minimum[j] = factors.minimum[j];
+        }
+    }
     for (int j = 0; j < count; j++) {
         const Lanes step = d * scales.scale[j], base = dmin * scales.minimum[j];
         const Ints flat = step == zero;  // ggml then leaves the levels of the search

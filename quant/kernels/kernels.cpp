@@ -1,7 +1,8 @@
-// Rows of float32 → K-quant and Q8_0 blocks, byte for byte those of ggml, several super-blocks at a time.
+// Rows of float32 → K-quant and Q8_0 blocks, several super-blocks at a time: byte for byte those of ggml, or, if asked to,
+// with the refinement of refine.h.
 //
 // Compiled once for each instruction set (lanes.h); Python takes the best that the processor has. A tile (tile.h) goes
-// through weights of the error, search (searches.h), scales, levels and packing (affine.h, symmetric.h). Where a number
+// through weights of the error, search (searches.h), scales, refinement, levels and packing (affine.h, symmetric.h). Where a number
 // is too large to be rounded in floats as ggml does in integers, the block is made by ggml itself. Weights must be
 // finite, importance finite and not negative. Knows nothing of files or threads.
 //
@@ -15,7 +16,6 @@
 namespace {
 
 const int Q8_0 = 8;  // enum ggml_type, and so below
-const float MAX_FLOAT = 0x1.fffffep127f;
 
 // ggml_quantize_chunk
 typedef size_t (*Reference)(int type, const float *rows, void *out, int64_t start, int64_t n_rows, int64_t row_length,
@@ -72,7 +72,7 @@ int bise_kernels_best_lanes(void) {
 
 // Rows (n_rows, row_length) → blocks of `type`. `importance` (row_length,) or null. Gives the super-blocks that
 // `reference` made, or -1 for a type that is not made here.
-int64_t bise_kernels_quantize(int type, const float *rows, int64_t n_rows, int64_t row_length, const float *importance,
+int64_t bise_kernels_quantize(int type, bool is_refined, const float *rows, int64_t n_rows, int64_t row_length, const float *importance,
                               uint8_t *out, Reference reference) {
     if (type == Q8_0) {
         quantize_q8(rows, n_rows * row_length / 32, out);
@@ -83,6 +83,7 @@ int64_t bise_kernels_quantize(int type, const float *rows, int64_t n_rows, int64
         const int64_t per_row = row_length / SUPER, total = n_rows * per_row;
         int64_t referred = 0;
         alignas(64) Tile tile;
+        tile.is_refined = is_refined;
         for (int64_t first = 0; first < total; first += LANES) {
             tile.count = (int)(total - first < LANES ? total - first : LANES);
             tile.block_bytes = format.block_bytes;

@@ -80,6 +80,8 @@ LANEWISE Lanes rounded(Lanes v) { return (v + ROUNDING) - ROUNDING; }
 // nearest_int (ggml-quants.c) of any v: beyond the limit it gives what ggml gives, which is no rounding.
 LANEWISE Ints nearest_int(Lanes v) { return ((Ints)(v + ROUNDING) & 0x007fffff) - 0x00400000; }
 
+static const float MAX_FLOAT = 0x1.fffffep127f;
+
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "refine.h"
 #include "searches.h"
 #include "tile.h"
 
@@ -15,6 +16,16 @@ LANEWISE void store_symmetric(Tile &tile, int j, Lanes step, const Lanes *fallba
         const Ints level = within(nearest_int(tile.x[j * 16 + i] / step), -RANGE, RANGE - 1);
         tile.level[j * 16 + i] = (flat ? integers(fallback[i]) : level) + RANGE;
     }
+}
+
+// Betters d and the 16 scales of each super-block; gives d, and its halves.
+static Lanes refined(const Tile &tile, int range, float scale_low, float scale_high, Lanes d, Lanes *scale_level,
+                     uint16_t *halves) {
+    SymmetricFactors factors = {d, {}};
+    for (int j = 0; j < 16; j++) factors.scale[j] = scale_level[j];
+    refine_symmetric(tile, range, scale_low, scale_high, factors);
+    for (int j = 0; j < 16; j++) scale_level[j] = factors.scale[j];
+    return to_halves(factors.d, halves);
 }
 
 // quantize_row_q3_K_ref, and q3_K_impl with importance.
@@ -53,6 +64,10 @@ static Ints quantize_q3(Tile &tile, bool has_importance) {
     }
     uint16_t halves[LANES];
     d = to_halves(d, halves);
+    if (tile.is_refined) {
+        weigh_for_refinement(tile, has_importance);
+        d = refined(tile, 4, -32, 31, d, scale_level, halves);
+    }
     for (int j = 0; j < 16; j++) store_symmetric<4>(tile, j, d * scale_level[j], level + j * 16);
     pack_one_bit(tile, 2, 0);
     pack_two_bits(tile, 32);
@@ -83,14 +98,19 @@ static Ints quantize_q6(Tile &tile, bool has_importance) {
     }
     const Lanes per_scale = -128.f / extreme_of(scale, 16, &size);
     uint16_t halves[LANES];
-    const Lanes d = to_halves(1.f / per_scale, halves);
+    Lanes d = to_halves(1.f / per_scale, halves);
+    for (int j = 0; j < 16; j++) scale_level[j] = smaller(rounded(per_scale * scale[j]), every(127.f));
+    if (tile.is_refined) {
+        if (has_importance) weigh_by_importance<16>(tile, 1);
+        weigh_for_refinement(tile, has_importance);
+        d = refined(tile, 32, -128, 127, d, scale_level, halves);
+    }
     for (int j = 0; j < 16; j++) {
         Lanes level[16];
         for (int i = 0; i < 16; i++) {
             const Lanes found = within(rounded(inverse[j] * tile.x[j * 16 + i]), -32.f, 31.f);
             level[i] = zeros[j] ? every(-32.f) : found;
         }
-        scale_level[j] = smaller(rounded(per_scale * scale[j]), every(127.f));
         store_symmetric<32>(tile, j, d * scale_level[j], level);
     }
     for (int half = 0; half < 2; half++) {

@@ -16,6 +16,7 @@ struct Tile {
     Ints level[SUPER];
     int count;  // super-blocks; the lanes behind them repeat the first
     int block_bytes;
+    bool is_refined;  // by refine.h
     uint8_t *out;
 };
 
@@ -73,6 +74,11 @@ LANEWISE Lanes to_halves(Lanes values, uint16_t *halves) {
         back[lane] = float_of_half(halves[lane]);
     }
     return back;
+}
+
+LANEWISE Lanes as_half(Lanes values) {
+    uint16_t halves[LANES];
+    return to_halves(values, halves);
 }
 
 // Bytes `offset` to `offset + 4` of every block, the lowest first.

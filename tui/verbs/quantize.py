@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding-type", metavar="TYPE", help="type of token_embd.weight")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, GGUF or .dat, as llama.cpp's")
     parser.add_argument(
+        "--search",
+        choices=("ggml", "best"),
+        default="ggml",
+        help="best: longer, less error at the same size; names such as Q4_K_M-BEST (default: ggml, its bytes)",
+    )
+    parser.add_argument(
         "--kernels", choices=("best", "reference"), default="best", help="reference: ggml's, same bytes, slower"
     )
     parser.add_argument(
@@ -138,6 +144,9 @@ def _recipes(arguments: argparse.Namespace, catalogue: "Catalogue") -> "tuple[Re
     tensors = tuple(parse_override(text) for text in arguments.tensor)
     output = parse_type(arguments.output_type) if arguments.output_type else None
     embedding = parse_type(arguments.embedding_type) if arguments.embedding_type else None
+    chosen = parse_recipes(arguments.levels, catalogue.recipes)
+    if arguments.search == "best":  # of a level whose tensors all have one way only, such as Q8_0, there is no other
+        chosen = tuple(catalogue.recipes.get(f"{recipe.name}-BEST", recipe) for recipe in chosen)
     return tuple(
         replace(
             recipe,
@@ -145,7 +154,7 @@ def _recipes(arguments: argparse.Namespace, catalogue: "Catalogue") -> "tuple[Re
             output=output if output is not None else recipe.output,
             embedding=embedding if embedding is not None else recipe.embedding,
         )
-        for recipe in parse_recipes(arguments.levels, catalogue.recipes)
+        for recipe in chosen
     )
 
 

@@ -241,3 +241,35 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(environment: dict[str, str]
 
 def test_all_levels_have_a_place_in_the_help() -> None:
     assert set(EVERY_LEVEL) == {*LEVELS, "BF16", "F16"}
+
+
+def test_the_longer_search_makes_levels_of_the_same_size_beside_the_others(
+    environment: dict[str, str], tmp_path: Path, demo_levels: dict[str, Path]
+) -> None:
+    """In one run with ggml's, which stay as they are; found by name; Q8_0 has only one search."""
+    matrix = write_imatrix(tmp_path / "m.gguf", {"blk.0.attn_q.weight": np.ones(256, np.float32)})
+    run = bise(environment, "quantize", "demo", "--levels", "Q4_K_M,Q4_K_M-BEST", "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    plain, better = (tmp_path / level / f"Demo-{level}.gguf" for level in ("Q4_K_M", "Q4_K_M-BEST"))
+    tensors = {path: gguf.GGUFReader(path).tensors for path in (plain, better, demo_levels["Q4_K_M"])}
+    alone = tensors[demo_levels["Q4_K_M"]]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(tensors[plain], alone, strict=True))
+    assert [(t.name, t.tensor_type) for t in tensors[plain]] == [(t.name, t.tensor_type) for t in tensors[better]]
+    for ours, theirs in zip(tensors[better], tensors[plain], strict=True):
+        is_searched = ours.tensor_type.name in ("Q4_K", "Q6_K")
+        assert np.array_equal(ours.data, theirs.data) is not is_searched, ours.name
+    recipe = gguf.GGUFReader(better).fields["bise.recipe"].contents()
+    assert recipe == "Q4_K_M, search=best"
+    assert json.loads((better.parent / "Demo-Q4_K_M-BEST.json").read_text())["recipe"] == recipe
+
+    searched = bise(environment, "quantize", "demo", "--search", "best", "--levels", "q4_k_m,q8_0", "--out", tmp_path)
+    assert searched.returncode == 0, searched.stderr
+    assert [line.split()[0] for line in searched.stdout.splitlines()[:-1]] == ["Q4_K_M-BEST", "Q8_0"]
+    assert "already there" in searched.stdout.splitlines()[0]
+    again = bise(environment, "quantize", "demo", "--levels", "Q4_K_M-BEST", "--imatrix", matrix, "--out", tmp_path)
+    assert "already exists and was not made by this conversion" in _error(again)
+    ggml = bise(
+        environment, "quantize", "demo", "--search", "best", "--kernels", "reference", "--out", tmp_path / "new"
+    )
+    assert "ggml's kernels know only ggml's search" in _error(ggml)
+    assert not (tmp_path / "new").exists()

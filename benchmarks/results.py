@@ -102,7 +102,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Where the threads' time went in one conversion: stage → seconds, cpu_seconds, calls, of all threads together."""
+    """Where the threads' time went in one conversion: stage → seconds, cpu_seconds, queued_seconds, calls, of all."""
 
     levels: tuple[str, ...]
     cost: Cost

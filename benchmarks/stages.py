@@ -2,7 +2,8 @@
 
 The converter itself runs, with a clock around the functions that make up its stages; they are named in `PLACES`, and
 one that is gone is an AttributeError. A stage's time is its own: what it calls that is a stage too is taken off. Wall
-time that is not CPU time is waiting: for a disk, or for a core that something else had.
+time that is not CPU time is waiting: for a core that something else had, which Linux counts for each thread
+(/proc/thread-self/schedstat), or for a disk or another thread.
 """
 
 import os
@@ -11,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quant import work
@@ -39,6 +40,8 @@ class Time:
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    queued_seconds: float = 0.0
+    """Ready to run, but no core was free."""
     calls: int = 0
 
 
@@ -57,30 +60,40 @@ class Stages:
             outer: list[Time] = self._open.__dict__.setdefault("stack", [])
             within = Time()
             outer.append(within)
-            cpu, began = time.thread_time(), time.perf_counter()
+            queued, cpu, began = self._queued_seconds(), time.thread_time(), time.perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
                 seconds, cpu_seconds = time.perf_counter() - began, time.thread_time() - cpu
+                queued_seconds = self._queued_seconds() - queued
                 outer.pop()
                 if outer:
                     outer[-1].seconds += seconds
                     outer[-1].cpu_seconds += cpu_seconds
+                    outer[-1].queued_seconds += queued_seconds
                 name = f"{stage} {arguments[1].name}" if stage == "encode" else stage
                 with self._lock:
                     total = self.times.setdefault(name, Time())
                     total.seconds += seconds - within.seconds
                     total.cpu_seconds += cpu_seconds - within.cpu_seconds
+                    total.queued_seconds += queued_seconds - within.queued_seconds
                     total.calls += 1
 
         return run
 
     def as_json(self) -> dict[str, dict[str, float]]:
-        """Stage → seconds, cpu_seconds, calls."""
-        return {
-            stage: {"seconds": found.seconds, "cpu_seconds": found.cpu_seconds, "calls": found.calls}
-            for stage, found in self.times.items()
-        }
+        """Stage → seconds, cpu_seconds, queued_seconds, calls."""
+        return {stage: asdict(found) for stage, found in self.times.items()}
+
+    def _queued_seconds(self) -> float:
+        """Of this thread, since it began; 0 where Linux does not count them. Its file stays open."""
+        own = self._open.__dict__
+        if "schedule" not in own:
+            path = "/proc/thread-self/schedstat"
+            own["schedule"] = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if os.path.exists(path) else None
+        if own["schedule"] is None:
+            return 0.0
+        return int(os.pread(own["schedule"], 100, 0).split()[1]) / 1e9
 
 
 @contextmanager

@@ -203,10 +203,14 @@ def _anatomy(anatomy: Anatomy, threads: int) -> str:
     whole = anatomy.cost.seconds * threads
     rest = whole - sum(found["seconds"] for found in anatomy.stages.values())
     rest_cpu = anatomy.cost.cpu_seconds - sum(found["cpu_seconds"] for found in anatomy.stages.values())
-    rows: list[Row] = [("", "share", "thread s", "CPU s")]
-    for name, found in sorted(anatomy.stages.items(), key=lambda item: -item[1]["seconds"]):
-        rows.append((name, f"{found['seconds'] / whole:.1%}", f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"))
-    rows.append(("all else, and idle", f"{rest / whole:.1%}", f"{rest:.1f}", f"{rest_cpu:.1f}"))
+    rows: list[Row] = [("", "thread s", "CPU s", "of CPU", "no core s", "other waiting s")]
+    for name, found in sorted(anatomy.stages.items(), key=lambda item: -item[1]["cpu_seconds"]):
+        seconds, cpu, queued = found["seconds"], found["cpu_seconds"], found["queued_seconds"]
+        share = f"{cpu / anatomy.cost.cpu_seconds:.1%}"
+        waiting = max(seconds - cpu - queued, 0)
+        rows.append((name, f"{seconds:.1f}", f"{cpu:.1f}", share, f"{queued:.1f}", f"{waiting:.1f}"))
+    share = f"{rest_cpu / anatomy.cost.cpu_seconds:.1%}"
+    rows.append(("all else, and idle", f"{rest:.1f}", f"{rest_cpu:.1f}", share, "", ""))
     title = f"Where the threads' time goes, {len(anatomy.levels)} levels in {anatomy.cost.seconds:.1f} s"
     return f"{title}\n{_aligned(rows)}"
 

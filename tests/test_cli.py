@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from quant.kernels import best
+
 BISE = str(Path(sys.executable).parent / "bise")
 DEMO_MODEL = Path(__file__).parent.parent / "quant/demo/model"
 
@@ -217,4 +219,7 @@ def test_the_doctor_finds_the_engine_well(environment: dict[str, str]) -> None:
     assert run.returncode == 0
     assert list(facts["engine"]) == ["library", "load", "prompt", "steps", "done"]
     assert facts["engine"]["done"]["finite"] is True
-    assert "all is well" in bise(environment, "doctor").stdout
+    assert facts["kernels"] == best().name
+    printed = bise(environment, "doctor").stdout
+    assert f"levels are made by kernels of Bise, {best().name}\n" in printed
+    assert "all is well" in printed

@@ -246,19 +246,24 @@ def test_two_conversions_do_not_write_the_same_files(tmp_path: Path) -> None:
     assert llama_loads(report.made["Q2_K"][0])
 
 
-def _spoil(folder: Path, name: str, value: float) -> Path:
+def _spoil(folder: Path, name: str, value: float, dtype: str) -> Path:
     arrays = dict(weights(TINY))
     arrays[name].reshape(-1)[-1] = value
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink()
-    write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, "F32"))
+    write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, dtype))
     return folder
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_weights_that_are_no_numbers_leave_nothing(value: float, name: str, tmp_path: Path) -> None:
-    folder = _spoil(write_checkpoint(tmp_path / "model", TINY), name, value)
-    with pytest.raises(CheckpointError, match=f"^{name} holds a weight that is NaN or infinite, in row"):
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("name", "row"), [("model.norm.weight", 0), ("model.layers.1.mlp.up_proj.weight", 95)])
+def test_weights_that_are_no_numbers_leave_nothing(
+    value: float, name: str, row: int, dtype: str, tmp_path: Path
+) -> None:
+    folder = _spoil(write_checkpoint(tmp_path / "model", TINY), name, value, dtype)
+    with pytest.raises(
+        CheckpointError, match=f"^{name} holds a weight that is NaN or infinite, in row {row}, column 63; "
+    ):
         make_levels(folder, "Tiny", ["Q2_K", ORIGINAL], tmp_path / "out", threads=2)
     assert all_files(tmp_path / "out") == []

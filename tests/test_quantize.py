@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.imatrices import write_imatrix
 from tests.llama_quantize import llama_loads
 from tests.test_cli import BISE, bise
 
+ROOT = Path(__file__).parent.parent
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "mistral-large-2-types.json").read_text())
 MIB = 2**20
 
@@ -237,6 +239,38 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(environment: dict[str, str]
     assert bise(environment, *command[1:]).returncode == 0
     llama_loads(tmp_path / "out/Q8_0/Wide-Q8_0.gguf")
     shutil.rmtree(tmp_path / "out")
+
+
+def test_without_kernels_ggml_makes_the_same_files_and_a_note_says_so(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A checkout in which nothing was compiled; `--kernels reference` is the same by choice, and needs no note."""
+    plain = tmp_path / "plain"
+    for folder in ("runtime", "quant", "tui"):
+        (plain / folder).mkdir(parents=True)
+        for path in (ROOT / folder).iterdir():
+            if path.name != "kernels":
+                (plain / folder / path.name).symlink_to(path)
+    (plain / "models.yaml").symlink_to(ROOT / "models.yaml")
+    (plain / "quant/kernels").mkdir()
+    (plain / "quant/kernels/__init__.py").symlink_to(ROOT / "quant/kernels/__init__.py")
+    command = ["quantize", "demo", "--levels", "Q4_K_S", "--out"]
+    script = "import sys; from tui.cli import main; sys.exit(main())"
+    without = subprocess.run(
+        [sys.executable, "-c", script, *command, tmp_path / "without"],
+        env={**environment, "PYTHONPATH": str(plain)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    chosen = bise(environment, *command, tmp_path / "chosen", "--kernels", "reference")
+    best = bise(environment, *command, tmp_path / "best")
+    note = "Bise's own kernels are not built"
+    assert without.stderr.count(note) == 1
+    assert note not in chosen.stderr + best.stderr
+    sums = {(tmp_path / name / "Q4_K_S/Demo-Q4_K_S.sha256").read_text() for name in ("without", "chosen", "best")}
+    assert len(sums) == 1
 
 
 def test_all_levels_have_a_place_in_the_help() -> None:

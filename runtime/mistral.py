@@ -13,9 +13,11 @@ SentencePiece puts a dummy space in front of each piece of text. A reply that wa
 training. Importing this module takes half a second.
 """
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
@@ -29,7 +31,7 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import Message
-from runtime.prompts import Vocabulary, settled
+from runtime.prompts import Transcript, Vocabulary, settled
 
 _TOOLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 _V1 = ("<s>", "</s>")
@@ -51,6 +53,11 @@ class MistralPrompter:
         pieces = self._tokenizer.instruct_tokenizer.tokenizer
         assert isinstance(pieces, SentencePieceTokenizer)
         name = f"mistral-common's tokenizer for {kind}" if tokenizer is None else str(tokenizer)
+        self._whole: _Tokenizer = MistralTokenizer(
+            self._tokenizer.instruct_tokenizer,
+            validator=get_validator(_version(kind), mode=ValidationMode.agnostic),  # the last message may be a reply
+            request_normalizer=get_normalizer(_version(kind), None),
+        )
         _check_controls(kind, pieces, name)
         _check_vocabulary(pieces, vocabulary, name)
 
@@ -63,10 +70,40 @@ class MistralPrompter:
         try:
             return list(self._tokenizer.encode_chat_completion(ChatCompletionRequest(messages=turns)).tokens)
         except MistralCommonException as error:
-            raise EngineError(
-                f"Mistral's prompt format cannot express this conversation: {' '.join(str(error).split())}; "
-                "remove or reorder messages"
-            ) from error
+            raise _refusal(error) from error
+
+    def transcribe(self, transcript: Transcript) -> list[int]:
+        """Ids of a whole conversation, as mistral-common gives them: tools stand before the last user message.
+
+        Raises EngineError for what it refuses; v1 has no tools.
+        """
+        messages = [_with_short_ids(message) for message in transcript.messages]
+        try:
+            request = ChatCompletionRequest.from_openai(messages, tools=list(map(dict, transcript.tools)) or None)
+            return list(self._whole.encode_chat_completion(request).tokens)
+        except (MistralCommonException, ValueError) as error:  # a ValueError of pydantic's, which checks the fields
+            raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> EngineError:
+    return EngineError(
+        f"Mistral's prompt format cannot express this conversation: {' '.join(str(error).split())}; "
+        "remove or reorder messages"
+    )
+
+
+def _with_short_ids(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with call ids as Mistral's formats want them: nine letters and digits."""
+    told = dict(message)
+    if "tool_call_id" in told:
+        told["tool_call_id"] = _short_id(told["tool_call_id"])
+    if told.get("tool_calls"):
+        told["tool_calls"] = [{**call, "id": _short_id(call.get("id", ""))} for call in told["tool_calls"]]
+    return told
+
+
+def _short_id(id_: str) -> str:
+    return id_ if re.fullmatch(r"[a-zA-Z0-9]{9}", id_) else hashlib.sha256(id_.encode()).hexdigest()[:9]
 
 
 def _turn(message: Message) -> _Turn:
@@ -77,6 +114,10 @@ def _turn(message: Message) -> _Turn:
             return UserMessage(content=message.content)
         case "assistant":
             return AssistantMessage(content=message.content)
+
+
+def _version(kind: str) -> TokenizerVersion:
+    return TokenizerVersion(kind.removeprefix("mistral-"))
 
 
 def _packaged(kind: str) -> _Tokenizer:
@@ -91,7 +132,7 @@ def _packaged(kind: str) -> _Tokenizer:
 
 def _from_file(kind: str, path: Path) -> _Tokenizer:
     """The format over a file of any name. mistral-common would guess the version from the name: `.model` as v1."""
-    version = TokenizerVersion(kind.removeprefix("mistral-"))
+    version = _version(kind)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such tokenizer file; correct `tokenizer` in models.yaml or leave it out")
     try:

@@ -4,14 +4,17 @@
 ready for the model's answer. The last message is the user's, or the assistant's, which is then continued. Control
 tokens come from the prompt format alone: text that spells one stays text, whoever wrote it.
 
+`transcribe` takes a whole conversation instead, answers, tools and their calls included, as it would be trained on.
+
 `mistral-v1`, `-v3` and `-v7` are built by mistral-common (mistral.py); `template` renders the Jinja template that the
 GGUF carries (template.py). Knows nothing of sampling, of the KV cache, or of where an answer ends.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from runtime.errors import CatalogueError, EngineError
 from runtime.events import Message
@@ -44,6 +47,19 @@ class Vocabulary(Protocol):
         """Whether the token is of type user-defined: text that is one token wherever it stands."""
 
 
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A whole conversation in the form of OpenAI's chat API, which whoever makes one has checked.
+
+    Each message has a `role` of `system`, `user`, `assistant` or `tool`, and a text as `content`, which may be empty or
+    missing beside `tool_calls`. Each of these has a `function` with a `name` and `arguments`, as JSON or as a mapping.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Each with a `function` of `name`, `description` and `parameters`."""
+
+
 class Prompter(Protocol):
     """One model's prompt format."""
 
@@ -52,6 +68,9 @@ class Prompter(Protocol):
 
         Raises EngineError for a conversation the format cannot express.
         """
+
+    def transcribe(self, transcript: Transcript) -> list[int]:
+        """Ids of a whole conversation, each answer closed as in training. Raises EngineError as `encode` does."""
 
 
 def prompter(kind: str, vocabulary: Vocabulary, *, template: str | None, tokenizer: Path | None) -> Prompter:
@@ -88,3 +107,36 @@ def settled(messages: Sequence[Message]) -> list[Message]:
     if not any(message.role == "user" for message in told):
         raise EngineError("the conversation has no user message, so there is nothing to answer; write one")
     return told
+
+
+def with_parsed_arguments(transcript: Transcript) -> Transcript:
+    """The transcript with the arguments of its calls as mappings, where they are the JSON of one."""
+    return replace(transcript, messages=tuple(map(_with_parsed_arguments, transcript.messages)))
+
+
+def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = [{**call, "function": _parsed(call["function"])} for call in message.get("tool_calls") or ()]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _parsed(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = function.get("arguments")
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return function
+    return {**function, "arguments": parsed} if isinstance(parsed, dict) else function
+
+
+def texts(value: Any) -> Iterator[tuple[str, bool]]:
+    """Every text in a value made of JSON's types, and whether it is a key."""
+    match value:
+        case str():
+            yield value, False
+        case Mapping():
+            for key, item in value.items():
+                yield key, True
+                yield from texts(item)
+        case list() | tuple():
+            for item in value:
+                yield from texts(item)

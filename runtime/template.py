@@ -5,8 +5,7 @@ same. Here they cannot be confused: before rendering, every character of a messa
 private-use character that stands for it and occurs nowhere else. What the template does with them (joining, trimming,
 slicing) cannot turn them into a control token, and afterwards the text that spells a token is known to be the
 template's. `_Content` answers a template's questions (`'</think>' in content`) about the text as the user wrote it.
-Two limits: what a template puts inside a message by `replace` counts as message, and `tojson` does not escape quotes
-inside one.
+One limit: what a template puts inside a message by `replace` counts as message.
 
 The ids equal llama_tokenize(whole text, parse_special) wherever messages spell no special token (llama.cpp 0c1e57098,
 src/llama-vocab.cpp, `tokenizer_st_partition` and `tokenize`): control and user-defined tokens are cut out of the
@@ -20,7 +19,7 @@ itself writes is therefore treated as structure: spelled in a message, it stays 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain
@@ -34,7 +33,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import Message
-from runtime.prompts import Vocabulary, settled
+from runtime.prompts import Transcript, Vocabulary, settled, texts, with_parsed_arguments
 
 _PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # planes 15 and 16: 131,068 characters
 _C_WHITESPACE = " \t\n\v\f\r"  # isspace() in the C locale
@@ -72,30 +71,61 @@ class TemplatePrompter:
         """
         told = _merged(settled(messages))
         marks = _Marks(self._reserved.union(*(message.content for message in told)), self._coded_spaces)
-        rendered = self._render(told, marks)
-        if told[-1].role == "assistant":
+        continued = told[-1].role == "assistant"
+        turns: list[dict[str, Any]] = [
+            {"role": message.role, "content": _Content.of(message.content, marks)} for message in told
+        ]
+        if continued:
+            turns[-1]["content"] = _Content.of(told[-1].content + marks.end, marks)
+        rendered = self._render(turns, add_generation_prompt=not continued)
+        if continued:
             rendered, found, _ = rendered.rpartition(marks.end)
             if not found:
                 raise EngineError("the chat template leaves out the last reply, so it cannot be continued; ask again")
-        ids = self._tokenize(rendered, marks)
-        bos = self._vocabulary.bos
-        if self._vocabulary.adds_bos and bos >= 0 and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        return ids
+        return self._tokenize(rendered, marks)
 
-    def _render(self, messages: Sequence[Message], marks: "_Marks") -> str:
-        continued = messages[-1].role == "assistant"
-        turns = [{"role": message.role, "content": _Content.of(message.content, marks)} for message in messages]
-        if continued:
-            turns[-1]["content"] = _Content.of(messages[-1].content + marks.end, marks)
+    def transcribe(self, transcript: Transcript) -> list[int]:
+        """Ids of a whole conversation, as the template writes it: some drop tools, and some refuse them (EngineError).
+
+        The arguments of a call are given to it as a mapping, as most templates expect, or else as the JSON they are.
+        """
+        try:
+            return self._transcribe(with_parsed_arguments(transcript))
+        except EngineError:
+            return self._transcribe(transcript)
+
+    def _transcribe(self, transcript: Transcript) -> list[int]:
+        found = list(texts([transcript.messages, transcript.tools]))
+        for text, is_key in found:
+            if is_key and self._special.search(text):
+                raise EngineError(f"the key {text!r} of a tool would be read as a control token; rename it")
+        marks = _Marks(self._reserved.union(*(text for text, _ in found)), self._coded_spaces)
+        turns = [
+            {
+                **_hidden(message, marks),
+                "role": message["role"],
+                "content": _hidden(message.get("content") or "", marks),
+            }
+            for message in transcript.messages
+        ]
+        tools = _hidden(transcript.tools, marks)
+        return self._tokenize(self._render(turns, tools=tools or None, add_generation_prompt=False), marks)
+
+    def _render(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         vocabulary = self._vocabulary
         try:
             return self._template.render(
                 messages=turns,
-                add_generation_prompt=not continued,
+                add_generation_prompt=add_generation_prompt,
                 bos_token=vocabulary.text(vocabulary.bos) if vocabulary.bos >= 0 else "",
                 eos_token=vocabulary.text(vocabulary.eos) if vocabulary.eos >= 0 else "",
-                tools=None,
+                tools=tools,
                 documents=None,
             )
         except EngineError:
@@ -109,6 +139,7 @@ class TemplatePrompter:
             ) from error
 
     def _tokenize(self, rendered: str, marks: "_Marks") -> list[int]:
+        """Ids of what the template wrote, with the BOS that the model wants."""
         pieces = self._special.split(rendered)  # run, token, run, …, run
         structure = self._structure.union(filter(self._marks_turns, pieces[1::2]))
         ids: list[int] = []
@@ -121,6 +152,9 @@ class TemplatePrompter:
             if 2 * i + 1 < len(pieces) and self._strips_of(pieces[2 * i + 1])[0]:
                 run = run.rstrip(_C_WHITESPACE)
             ids.extend(self._plain(marks.shown(run), structure))
+        bos = self._vocabulary.bos
+        if self._vocabulary.adds_bos and bos >= 0 and ids[:1] != [bos]:
+            ids.insert(0, bos)
         return ids
 
     def _plain(self, text: str, structure: set[str]) -> list[int]:
@@ -235,6 +269,7 @@ for _name in (
     "__getitem__",
     "__hash__",
     "__ne__",
+    "__repr__",
     "capitalize",
     "count",
     "endswith",
@@ -296,8 +331,19 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """JSON without the HTML escapes of Jinja's own filter. What a mark stands for is escaped, and marked again."""
+
+    def escaped(part: Any) -> Any:
+        match part:
+            case _Content():
+                return part._marks.hidden(json.dumps(part._marks.shown(part), ensure_ascii=ensure_ascii)[1:-1])
+            case dict():
+                return {key: escaped(item) for key, item in part.items()}
+            case list() | tuple():
+                return [escaped(item) for item in part]
+        return part
+
+    return json.dumps(escaped(value), ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _any_of(texts: Iterable[str]) -> str:
@@ -307,6 +353,18 @@ def _any_of(texts: Iterable[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _hidden(value: Any, marks: _Marks) -> Any:
+    """The value with each of its texts, but not its keys, replaced by marks."""
+    match value:
+        case str():
+            return _Content.of(value, marks)
+        case Mapping():
+            return {key: _hidden(item, marks) for key, item in value.items()}
+        case list() | tuple():
+            return [_hidden(item, marks) for item in value]
+    return value
 
 
 def _merged(messages: Sequence[Message]) -> list[Message]:

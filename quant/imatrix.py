@@ -2,7 +2,7 @@
 
 Reads a file, says whether it fits a model, and gives what the GGUF files made with it say of it, as llama-quantize
 does (tools/quantize/quantize.cpp and src/llama-quant.cpp of llama.cpp, commit 0c1e57098). No type of Bise requires a
-matrix; a tensor without an entry is quantized without. Makes no matrix.
+matrix; a tensor without an entry is quantized without. Makes no matrix (importance/).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.header import Value, ValueType
-from quant.imatrix_file import ImatrixError, parse
+from quant.imatrix_file import Contents, ImatrixError, parse
 from quant.recipes import TensorSpec
 
 if TYPE_CHECKING:
@@ -55,15 +55,24 @@ class ImportanceMatrix:
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read a file of llama-imatrix, of either of its formats. Raises ImatrixError."""
+    contents, sha256 = read_contents(path)
+    return importance_matrix(path, contents, sha256)
+
+
+def read_contents(path: Path) -> tuple[Contents, str]:
+    """All that a file says, and its SHA-256. Raises ImatrixError."""
     data = _read(path)
     contents = parse(path, data)
     if not contents.values:
         raise ImatrixError(f"{path}: an importance matrix without entries; make it again with llama-imatrix")
+    return contents, hashlib.sha256(data).hexdigest()
+
+
+def importance_matrix(path: Path, contents: Contents, sha256: str) -> ImportanceMatrix:
+    """What a file says that quantizing needs."""
     for values in contents.values.values():
         values.flags.writeable = False
-    return ImportanceMatrix(
-        path, contents.values, contents.datasets, contents.n_chunks, hashlib.sha256(data).hexdigest()
-    )
+    return ImportanceMatrix(path, contents.values, contents.datasets, contents.n_chunks, sha256)
 
 
 def _read(path: Path) -> bytes:

@@ -1,21 +1,25 @@
-"""An importance matrix file → what it says: llama.cpp's GGUF files, and the `.dat` files before them.
+"""An importance matrix file → what it says: llama.cpp's GGUF files, and the `.dat` files before them. And back: GGUF.
 
 A matrix file comes from elsewhere, so nothing in it is believed: every length is held against the bytes that are left
 before anything is made of it, and a fault is an ImatrixError. What llama-quantize takes is taken, and gives the same
 values, except where it reads on without a word: sizes that do not divide, values that are negative, names that stand
 twice. Knows nothing of models.
 
-Source: common/imatrix-loader.cpp and `load_imatrix` of tools/quantize/quantize.cpp of llama.cpp, commit 0c1e57098.
+Source: common/imatrix-loader.cpp, `load_imatrix` of tools/quantize/quantize.cpp, and `save_imatrix` of
+tools/imatrix/imatrix.cpp of llama.cpp, commit 0c1e57098.
 """
 
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.header import MAGIC, Value, ValueType
+from quant.header import MAGIC, Metadata, Value, ValueType, header, padded
 from quant.reading.gguf_file import MAX_NAME_BYTES, GgufHeader, TensorInfo, quoted, read_gguf_header
+from quant.recipes import TensorSpec
 from runtime.errors import ModelFileError, UserError
+from runtime.ggml import GgmlType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +40,16 @@ class ImatrixError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
+class Sum:
+    """What was added up for one tensor."""
+
+    squares: "NDArray[np.float64]"
+    """(n, row_length); n is 1, or the number of experts."""
+    counts: "NDArray[np.int64]"
+    """(n,): how many rows were added. In a `.dat` file, how many chunks of them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     """What a matrix file says."""
 
@@ -45,6 +59,37 @@ class Contents:
     """The texts it was computed on, as whoever made it named them."""
     n_chunks: int
     """Chunks of these texts; 0 where the file does not say."""
+    sums: dict[str, Sum]
+    """What `values` are the means of."""
+    chunk_size: int
+    """Tokens in a chunk; 0 for a `.dat` file, which does not say."""
+    metadata: Metadata
+    """All that the file says besides; empty for a `.dat` file."""
+
+
+def serialize(
+    sums: Mapping[str, Sum], datasets: Sequence[str], n_chunks: int, chunk_size: int, notes: Metadata
+) -> bytes:
+    """A file as llama-imatrix writes it, with `notes` behind its own keys."""
+    import numpy as np
+
+    metadata = {
+        "general.type": Value(ValueType.STRING, "imatrix"),
+        DATASETS: Value(ValueType.STRING, tuple(datasets)),
+        CHUNK_COUNT: Value(ValueType.UINT32, n_chunks),
+        CHUNK_SIZE: Value(ValueType.UINT32, chunk_size),
+        **notes,
+    }
+    tensors: list[TensorSpec] = []
+    parts: list[bytes] = []
+    for name in sorted(sums):
+        squares, counts = sums[name].squares, sums[name].counts[:, None]
+        for suffix, values in ((SUMS, squares), (COUNTS, counts)):
+            shape = values.shape if len(values) > 1 else values.shape[1:]  # ggml drops a dimension of 1
+            tensors.append(TensorSpec(name + suffix, shape))
+            data = np.ascontiguousarray(values, "<f4").tobytes()
+            parts += [data, bytes(padded(len(data)) - len(data))]
+    return b"".join([header(metadata, [(spec, GgmlType.F32) for spec in tensors]).data, *parts])
 
 
 def parse(path: Path, data: bytes) -> Contents:
@@ -78,11 +123,15 @@ def _parse_gguf(path: Path, data: bytes) -> Contents:
         )
     datasets = _key(header, DATASETS)
     texts = datasets.data if isinstance(datasets.data, tuple) and datasets.type is ValueType.STRING else ()
-    n_chunks, _ = _number(header, CHUNK_COUNT), _number(header, CHUNK_SIZE)
+    n_chunks, chunk_size = _number(header, CHUNK_COUNT), _number(header, CHUNK_SIZE)
+    values, sums = _means(header, data)
     return Contents(
-        values=_means(header, data),
+        values=values,
         datasets=tuple(str(text).partition("\0")[0] for text in texts),  # llama.cpp's strings end there
         n_chunks=n_chunks if n_chunks < 1 << 31 else 0,  # llama.cpp keeps it as an int, and writes it if positive
+        sums=sums,
+        chunk_size=chunk_size,
+        metadata=header.metadata,
     )
 
 
@@ -99,13 +148,14 @@ def _number(header: GgufHeader, key: str) -> int:
     return value.data
 
 
-def _means(header: GgufHeader, data: bytes) -> "dict[str, NDArray[np.float32]]":
-    """Sums over their counts, in float32. Each expert has a count; one that was never used weighs all columns alike."""
+def _means(header: GgufHeader, data: bytes) -> "tuple[dict[str, NDArray[np.float32]], dict[str, Sum]]":
+    """Sums over their counts, in float32, and the sums. Each expert has a count; one of 0 weighs all columns alike."""
     import numpy as np
 
     found = {info.name: info for info in header.tensors}
     names = {name.removesuffix(suffix) for name in found for suffix in (SUMS, COUNTS) if name.endswith(suffix)}
     values: dict[str, NDArray[np.float32]] = {}
+    added: dict[str, Sum] = {}
     for name in sorted(names):
         if not {name + SUMS, name + COUNTS} <= found.keys():
             raise _damaged(header.path, f"{quoted(name)} has only one of {SUMS} and {COUNTS}")
@@ -116,7 +166,8 @@ def _means(header: GgufHeader, data: bytes) -> "dict[str, NDArray[np.float32]]":
         rounded = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)[:, None]  # halves away from zero
         rows = sums.reshape(counts.size, -1)
         values[name] = np.divide(rows, rounded, out=np.ones_like(rows), where=rounded > 0).reshape(-1)
-    return values
+        added[name] = Sum(rows.astype(np.float64), rounded[:, 0].astype(np.int64))
+    return values, added
 
 
 def _elements(header: GgufHeader, info: TensorInfo, data: bytes) -> "NDArray[np.float32]":
@@ -174,6 +225,7 @@ def _parse_legacy(cursor: _Cursor) -> Contents:
     import numpy as np
 
     values: dict[str, NDArray[np.float32]] = {}
+    added: dict[str, Sum] = {}
     for _ in range(cursor.number("the number of entries", 1, MAX_ENTRIES)):
         text = cursor.take(cursor.number("the length of a name", 0, MAX_NAME_BYTES), "a name")
         shown = quoted(text.decode("utf-8", "replace"))
@@ -187,9 +239,11 @@ def _parse_legacy(cursor: _Cursor) -> Contents:
         n_values = cursor.number(f"the number of values of {shown}", 1, _INT_MAX)
         sums = _floats(cursor.path, cursor.take(4 * n_values, shown), shown)
         values[name] = sums / np.float32(max(n_calls, 1))
+        added[name] = Sum(sums.astype(np.float64)[None], np.array([max(n_calls, 1)]))
     if cursor.n_left == 0:
-        return Contents(values, (), 0)
+        return Contents(values, (), 0, added, 0, {})
     n_chunks = max(cursor.number("the number of chunks", _INT_MIN, _INT_MAX), 0)
     length = cursor.number("the length of the dataset's name", _INT_MIN, _INT_MAX) if cursor.n_left else 0
     dataset = cursor.take(max(length, 0), "the dataset's name").decode("utf-8", "replace")
-    return Contents(values, (dataset.partition("\0")[0],) if length > 0 else (), n_chunks)
+    datasets = (dataset.partition("\0")[0],) if length > 0 else ()
+    return Contents(values, datasets, n_chunks, added, 0, {})

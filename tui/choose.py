@@ -30,9 +30,9 @@ class Choice:
     """One line the user should see before the first turn."""
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--level and --models, for verbs that load a model."""
-    parser.add_argument("--level", metavar="LEVEL", help="such as Q4_K_M (default: Q4_K_M, else the smallest on disk)")
+def add_model_arguments(parser: argparse.ArgumentParser, *, level: str = "Q4_K_M, else the smallest on disk") -> None:
+    """--level and --models, for verbs that load a model. `level` says what is loaded where none is named."""
+    parser.add_argument("--level", metavar="LEVEL", help=f"such as Q4_K_M (default: {level})")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where levels lie (default: the user's data folder)")
 
 

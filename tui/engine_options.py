@@ -10,9 +10,11 @@ from runtime.library import ModelFile
 DEFAULT_PRESET = "factual"
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
+    """`context` is for verbs that read in chunks: the tokens of one where nothing else is said."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--context", type=int, metavar="TOKENS", help="default: the model's, at most 8192")
+    default = "default: the model's, at most 8192" if context is None else f"length of a chunk (default: {context})"
+    group.add_argument("--context", type=int, default=context, metavar="TOKENS", help=default)
     group.add_argument(
         "--kv", default="f16", metavar="TYPE", help="KV cache type: f16, bf16, q8_0 or q4_0 (default: f16)"
     )

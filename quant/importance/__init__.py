@@ -1,0 +1,1 @@
+"""Collects importance matrices: what every weight is multiplied with, on some text."""

@@ -72,8 +72,8 @@ int bise_kernels_best_lanes(void) {
 
 // Rows (n_rows, row_length) → blocks of `type`. `importance` (row_length,) or null. Gives the super-blocks that
 // `reference` made, or -1 for a type that is not made here.
-int64_t bise_kernels_quantize(int type, bool is_refined, const float *rows, int64_t n_rows, int64_t row_length, const float *importance,
-                              uint8_t *out, Reference reference) {
+int64_t bise_kernels_quantize(int type, bool is_refined, const float *rows, int64_t n_rows, int64_t row_length,
+                              const float *importance, uint8_t *out, Reference reference) {
     if (type == Q8_0) {
         quantize_q8(rows, n_rows * row_length / 32, out);
         return 0;
@@ -88,8 +88,14 @@ int64_t bise_kernels_quantize(int type, bool is_refined, const float *rows, int6
             tile.count = (int)(total - first < LANES ? total - first : LANES);
             tile.block_bytes = format.block_bytes;
             tile.out = out + first * format.block_bytes;
-            transpose(rows + first * SUPER, tile.count, tile.x);
-            if (importance) transpose_importance(importance, first, per_row, tile.count, tile.weight);
+            const float *weights[LANES], *importances[LANES];
+            for (int lane = 0; lane < LANES; lane++) {
+                const int64_t block = first + (lane < tile.count ? lane : 0);
+                weights[lane] = rows + block * SUPER;
+                if (importance) importances[lane] = importance + block % per_row * SUPER;
+            }
+            transpose(weights, tile.x);
+            if (importance) transpose(importances, tile.weight);
             const Ints inexact = format.quantize(tile, importance != nullptr);
             if (!any(inexact)) continue;
             for (int lane = 0; lane < tile.count; lane++) {

@@ -21,7 +21,8 @@
 #error "compile with -DLANES=4, 8 or 16: the floats in a register"
 #endif
 
-#define LANEWISE static inline __attribute__((always_inline))
+#define INLINE __attribute__((always_inline))
+#define LANEWISE static inline INLINE
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));  // also the result of a comparison: 0 or -1

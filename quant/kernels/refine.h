@@ -36,7 +36,7 @@ LANEWISE void affine_errors(const Lanes *x, const Lanes *weight, float top, Lane
     for (int i = 0; i < N; i++)
         for (int c = 0; c < C; c++) {
             const Lanes above = x[i] + base[c];
-            const Lanes miss = above - step * within(rounded(above * inverse), 0, top);
+            const Lanes miss = above - step * within(rounded(above * inverse), 0.f, top);
             error[c] += weight[i] * (miss * miss);
         }
 }
@@ -55,12 +55,12 @@ LANEWISE Lanes move_affine(const Lanes *x, const Lanes *weight, float top, float
     const int width = 2 * RADIUS + 1;
     Lanes near_minimum[width], base[width], best_error = every(MAX_FLOAT);
     for (int c = 0; c < width; c++) {
-        near_minimum[c] = within(minimum + (float)(c - RADIUS), 0, scale_top);
+        near_minimum[c] = within(minimum + (float)(c - RADIUS), 0.f, scale_top);
         base[c] = dmin * near_minimum[c];
     }
     const Lanes middle = scale;
     for (int shift = -RADIUS; shift <= RADIUS; shift++) {
-        const Lanes near_scale = within(middle + (float)shift, 0, scale_top);
+        const Lanes near_scale = within(middle + (float)shift, 0.f, scale_top);
         Lanes error[width];
         affine_errors<N, width>(x, weight, top, d * near_scale, base, error);
         for (int c = 0; c < width; c++) {
@@ -85,7 +85,7 @@ LANEWISE void add_affine(AffineSums &sums, const Lanes *x, const Lanes *weight, 
     const Lanes step = d * scale, base = dmin * minimum, inverse = step > Lanes{} ? 1.f / step : Lanes{};
     Lanes l2 = {}, l = {}, w = {}, xl = {}, wx = {};
     for (int i = 0; i < N; i++) {
-        const Lanes level = within(rounded((x[i] + base) * inverse), 0, top), weighted = weight[i] * level;
+        const Lanes level = within(rounded((x[i] + base) * inverse), 0.f, top), weighted = weight[i] * level;
         l2 += weighted * level;
         l += weighted;
         w += weight[i];

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "lanes.h"
 
 static const int ABREAST = 4;  // sub-blocks side by side; more would not fit into the registers
@@ -65,7 +67,6 @@ LANEWISE Ints fit_affine(const Lanes *x, const Lanes *weight, float top, AffineS
     for (int step = 0; step <= steps.last; step++) {
         const float reach = steps.first + steps.width * step + top;
         Lanes inverse[K], offset[K], sum_l[K], sum_l2[K], sum_xl[K], scale[K], minimum[K], error[K], determinant[K];
-        const bool may_exceed = reach > top + 0.45f;  // else `high`, and so every x, is rounded to `top` or less
         for (int k = 0; k < K; k++) {
             offset[k] = best[k].minimum;  // ggml overwrites its minimum, so later steps start from the best fit
             inverse[k] = reach / (high[k] - offset[k]);
@@ -73,16 +74,22 @@ LANEWISE Ints fit_affine(const Lanes *x, const Lanes *weight, float top, AffineS
             const Lanes farthest = inverse[k] * magnitude(lowest[k] - offset[k]);
             inexact |= active[k] & ~((inverse[k] > zero) & (farthest < EXACT_LIMIT));
         }
-        for (int i = 0; i < N; i++)
-            for (int k = 0; k < K; k++) {
-                Lanes found = larger(rounded(inverse[k] * (x[k * N + i] - offset[k])), zero);
-                if (may_exceed) found = smaller(found, every(top));
-                level[k * N + i] = found;
-                const Lanes weighted = weight[k * N + i] * found;
-                sum_l[k] += weighted;
-                sum_l2[k] += weighted * found;
-                sum_xl[k] += weighted * x[k * N + i];
-            }
+        const auto sum_levels = [&](auto may_exceed) INLINE {  // std::true_type or std::false_type
+            for (int i = 0; i < N; i++)
+                for (int k = 0; k < K; k++) {
+                    Lanes found = larger(rounded(inverse[k] * (x[k * N + i] - offset[k])), zero);
+                    if (may_exceed) found = smaller(found, every(top));
+                    level[k * N + i] = found;
+                    const Lanes weighted = weight[k * N + i] * found;
+                    sum_l[k] += weighted;
+                    sum_l2[k] += weighted * found;
+                    sum_xl[k] += weighted * x[k * N + i];
+                }
+        };
+        if (reach < top + 0.45f)  // `high`, and so every x, is rounded to `top` or less
+            sum_levels(std::false_type{});
+        else
+            sum_levels(std::true_type{});
         for (int k = 0; k < K; k++) {
             determinant[k] = sum_w[k] * sum_l2[k] - sum_l[k] * sum_l[k];
             scale[k] = (sum_w[k] * sum_xl[k] - sum_x[k] * sum_l[k]) / determinant[k];
@@ -212,14 +219,19 @@ LANEWISE void fit_symmetric(int range, const Lanes *x, const Lanes *weight, Symm
             inverse[k] = reach / extreme[k];
             sum_xl[k] = sum_l2[k] = zero;
         }
-        const bool may_exceed = step > 4;  // else `extreme`, and so every x, is rounded to -range or more
-        for (int i = 0; i < N; i++)
-            for (int k = 0; k < K; k++) {
-                Lanes level = smaller(rounded(inverse[k] * x[k * N + i]), every(high));
-                if (may_exceed) level = larger(level, every(low));
-                sum_xl[k] += weighted[k * N + i] * level;
-                sum_l2[k] += weight[k * N + i] * level * level;
-            }
+        const auto sum_levels = [&](auto may_exceed) INLINE {
+            for (int i = 0; i < N; i++)
+                for (int k = 0; k < K; k++) {
+                    Lanes level = smaller(rounded(inverse[k] * x[k * N + i]), every(high));
+                    if (may_exceed) level = larger(level, every(low));
+                    sum_xl[k] += weighted[k * N + i] * level;
+                    sum_l2[k] += weight[k * N + i] * level * level;
+                }
+        };
+        if (step <= 4)  // `extreme`, and so every x, is rounded to -range or more
+            sum_levels(std::false_type{});
+        else
+            sum_levels(std::true_type{});
         for (int k = 0; k < K; k++) {
             Lanes scale = sum_xl[k] / sum_l2[k];
             if (is_first) {

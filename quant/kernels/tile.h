@@ -20,22 +20,13 @@ struct Tile {
     uint8_t *out;
 };
 
-static inline void transpose(const float *rows, int count, Lanes *columns) {
+// SUPER numbers of each lane → vectors over the lanes.
+static inline void transpose(const float *const (&rows)[LANES], Lanes *columns) {
     for (int first = 0; first < SUPER; first += 16) {
         float block[LANES][16];
-        for (int lane = 0; lane < LANES; lane++)
-            memcpy(block[lane], rows + (lane < count ? lane : 0) * SUPER + first, sizeof block[lane]);
+        for (int lane = 0; lane < LANES; lane++) memcpy(block[lane], rows[lane] + first, sizeof block[lane]);
         for (int i = 0; i < 16; i++)
             for (int lane = 0; lane < LANES; lane++) columns[first + i][lane] = block[lane][i];
-    }
-}
-
-// Each super-block's stretch of the importance of a row's columns, which repeats from row to row.
-static inline void transpose_importance(const float *importance, int64_t first, int64_t per_row, int count,
-                                        Lanes *columns) {
-    for (int lane = 0; lane < LANES; lane++) {
-        const float *stretch = importance + (first + (lane < count ? lane : 0)) % per_row * SUPER;
-        for (int i = 0; i < SUPER; i++) columns[i][lane] = stretch[i];
     }
 }
 

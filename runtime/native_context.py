@@ -107,10 +107,7 @@ class Context:
             self._batch.seq_id[i][0] = sequence
         self._batch.n_tokens = n
         LOG.clear()
-        status = lib.llama_decode(self._context, self._batch)
-        if self._watch is not None and self._watch.failed:
-            self.abort(False)
-            self._watch.reraise()
+        status = self._watched_decode() if self._watch is not None else lib.llama_decode(self._context, self._batch)
         if status == _ABORTED:
             raise AbortedError
         if status == _NO_SLOT:
@@ -120,6 +117,15 @@ class Context:
         if status != 0:
             cause = (LOG.errors() or ["no reason given"])[-1]
             raise EngineError(f"llama_decode failed with {status} on {n} tokens: {cause}")
+
+    def _watched_decode(self) -> int:
+        assert self._watch is not None
+        try:
+            with self._watch.watching():
+                return int(lib.llama_decode(self._context, self._batch))
+        finally:
+            if self._watch.stopped:
+                self.abort(False)
 
     def logits(self, n_outputs: int) -> NDArray[np.float32]:
         """Rows asked for in the last decode, (n_outputs, n_vocab): a view that the next decode overwrites."""

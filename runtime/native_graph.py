@@ -9,8 +9,12 @@ Source: ggml/include/ggml.h and `ggml_backend_sched_compute_splits` of ggml/src/
 """
 
 import ctypes
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -244,32 +248,53 @@ class Watch:
     """An observer as the callback that llama.cpp takes. An exception must not go through C: it is kept."""
 
     def __init__(self, observer: Observer, on_failure: Callable[[], None]) -> None:
-        """`on_failure` is called once, when the observer raises, to end the decode soon."""
+        """`on_failure` is called when the observer raises, or at Ctrl-C, to end the decode soon."""
         self._observer = observer
         self._on_failure = on_failure
         self._failure: BaseException | None = None
+        self._interrupts: list[tuple[int, FrameType | None]] = []
         self.callback: Any = lib.ggml_backend_sched_eval_callback(self._call)  # a reference: C keeps the pointer alone
 
     def _call(self, address: int, ask: bool, _: object) -> bool:
-        if self._failure is not None:
+        if self.stopped:
             return False
         try:
             if ask:
                 return bool(self._observer.wants(Node(address)))
             self._observer.observe(Node(address))
-        except BaseException as failure:  # Ctrl-C too
+        except BaseException as failure:
             self._failure = failure
             self._on_failure()
             return False
         return True
 
-    @property
-    def failed(self) -> bool:
-        """Whether the observer raised something since the last `reraise`."""
-        return self._failure is not None
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """To decode in. At its end it raises what the observer raised, or lets Ctrl-C do what it does elsewhere.
 
-    def reraise(self) -> None:
-        """Raise what the observer raised."""
-        failure, self._failure = self._failure, None
-        assert failure is not None
-        raise failure
+        Python raises KeyboardInterrupt wherever it is. At the start of a callback nothing can catch it, and C takes an
+        answer that was never given. So it is held back until C has returned.
+        """
+        self._failure, self._interrupts = None, []
+        handler = signal.getsignal(signal.SIGINT)
+        held = callable(handler) and threading.current_thread() is threading.main_thread()
+        if held:
+            signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            if held:
+                signal.signal(signal.SIGINT, handler)
+        if self._interrupts and callable(handler):
+            handler(*self._interrupts[0])
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the last decode was to end early: for an exception, or Ctrl-C."""
+        return self._failure is not None or bool(self._interrupts)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts.append((number, frame))
+        self._on_failure()

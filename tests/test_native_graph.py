@@ -1,5 +1,9 @@
 """What is seen of the compute graph: weights against the bytes of the file, activations against known ones."""
 
+import os
+import signal
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -266,3 +270,44 @@ def test_an_exception_comes_out_of_the_decode(error: BaseException, at: str, dem
     assert failing.left == 0
     np.testing.assert_array_equal(engine.logits(CHUNKS, 16), logits(demo))  # and the engine is as good as new
     engine.close()
+
+
+def read_until_interrupted(engine: ScoringEngine, delay: float) -> None:
+    """Ctrl-C comes from another thread, after `delay` seconds."""
+
+    def press() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    for _ in range(100):  # seconds
+        engine.read(CHUNKS)
+
+
+def test_ctrl_c_comes_out_of_the_decode_wherever_it_hits(demo: Path) -> None:
+    """Lost in a callback, it would be an unraisable exception, for which pytest fails the test."""
+    engine = ScoringEngine(demo, SETTINGS, observer=Seen(("attn_norm-3", "ffn_out-5")))
+    handler = signal.getsignal(signal.SIGINT)
+    for i in range(15):
+        with pytest.raises(KeyboardInterrupt):
+            read_until_interrupted(engine, 0.01 + i * 1e-3)
+        assert signal.getsignal(signal.SIGINT) is handler
+    np.testing.assert_array_equal(engine.logits(CHUNKS, 16), logits(demo))
+    engine.close()
+
+
+def test_an_engine_in_another_thread_leaves_ctrl_c_alone(demo: Path) -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            engine = ScoringEngine(demo, SETTINGS, observer=Weights())
+            engine.read(CHUNKS)
+            engine.close()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []

@@ -54,6 +54,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python requirements.lock pyproject.toml runtime/wheel.py $(wildcard quant/kernels/*.cpp quant/kernels/*.h quant/kernels/build.py)
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
+	$(if $(CUDA),$(BIN)/python -m pip install --quiet --no-deps nvidia-ml-py==13.595.45)
 	$(BIN)/python -m runtime.wheel $(WHEEL_FLAGS)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -44,6 +44,11 @@ def devices() -> tuple[Device, ...]:
     return tuple(found)
 
 
+def has_backend(name: str) -> bool:
+    """Whether the build has the backend that ggml calls so, such as CUDA or RPC; it may find no device."""
+    return bool(function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(name.encode()))
+
+
 def register_rpc(servers: Sequence[str]) -> None:
     """Make llama.cpp RPC servers (host:port) devices of this process. The protocol has no authentication.
 

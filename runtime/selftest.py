@@ -21,16 +21,19 @@ def main(path: Path | None) -> None:
     """Print the stages as they pass; the last one printed is the last one survived."""
     from runtime import native
     from runtime.engine import Engine
-    from runtime.native_devices import devices
+    from runtime.native_devices import devices, has_backend
 
+    found = devices()
     _say(
         "library",
         version=native.version(),
         features={name: value for name, value in native.system_info().items() if value != "0"},
         gpu=native.supports_gpu(),
         rpc=native.supports_rpc(),
+        cuda=has_backend("CUDA"),
+        errors=native.LOG.errors(),
         amx=native.has_amx_kernels(),
-        devices=[asdict(device) for device in devices()],
+        devices=[asdict(device) for device in found],
     )
     if path is None:
         return

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from runtime import __version__, library
     from runtime.errors import UserError
     from runtime.hardware import cpu_model, host_memory
+    from runtime.nvidia import cards
     from runtime.wheel import installed_build
     from tui.choose import DEMO, ensure_levels
 
@@ -41,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         "memory": total,
         "available": available,
     }
+    facts["cards"] = [asdict(card) for card in cards()]
     catalogue = library.shipped_catalogue()
     model = None
     problems = []
@@ -89,6 +92,8 @@ def _self_test(model: Path | None) -> tuple[dict[str, dict[str, Any]], str | Non
 
 
 def _engine_problems(stages: dict[str, dict[str, Any]], end: str | None, *, expected: bool) -> list[str]:
+    if end is not None and "libcuda.so" in end:
+        return [f"llama-cpp-python was built for CUDA and finds no NVIDIA driver ({end}); install the driver"]
     if end is not None:
         reached = next(reversed(stages), "nothing")
         return [
@@ -110,12 +115,15 @@ def _engine_problems(stages: dict[str, dict[str, Any]], end: str | None, *, expe
 
 
 def _gpu_problems(stages: dict[str, dict[str, Any]]) -> list[str]:
-    """A GPU that the build cannot use. Its driver's device file is enough to know of it."""
-    if not Path("/dev/nvidia0").exists() or "library" not in stages:
+    """A GPU that is here and not used."""
+    from runtime.nvidia import look, why_unusable
+
+    if "library" not in stages:
         return []
-    if any(device["name"].startswith("CUDA") for device in stages["library"]["devices"]):
-        return []
-    return ["an NVIDIA GPU is here, but llama-cpp-python was built without CUDA; rebuild it with `make setup CUDA=1`"]
+    library = stages["library"]
+    n_cuda = sum(device["name"].startswith("CUDA") for device in library["devices"])
+    problem = why_unusable(look(), cuda_build=library["cuda"], n_cuda=n_cuda, errors=library["errors"])
+    return [problem] if problem is not None else []
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -140,6 +148,8 @@ def _print(facts: dict[str, Any]) -> None:
         for device in found["devices"]:
             memory = f"{gib(device['memory_free'])} of {gib(device['memory_total'])} free"
             print(f"device {device['name']} ({device['kind']}): {device['description']}, {memory}")
+        for card in facts["cards"]:
+            print(f"card {card['name']}: {_links(card)}")
         if not any(device["kind"] == "gpu" for device in found["devices"]):
             print("no GPU: models run on the CPU")
         print(f"RPC backend: {'yes' if found['rpc'] else 'no'}")
@@ -153,6 +163,15 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"PROBLEM: {problem}")
     if not facts["problems"]:
         print("all is well")
+
+
+def _links(card: dict[str, Any]) -> str:
+    """What NVML says of a card beside its memory."""
+    parts = [f"PCIe {card['pcie']}"] if card["pcie"] else []
+    parts += [f"{card['nvlinks']} NVLinks"] if card["nvlinks"] else []
+    parts += [f"at most {card['power_limit']:.0f} W"] if card["power_limit"] else []
+    parts += [f"{card['bandwidth'] / 1e9:,.0f} GB/s of memory bandwidth"] if card["bandwidth"] else []
+    return ", ".join(parts) or "NVML says no more of it"
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,7 @@ changes none of them at these levels. Knows nothing of where the weights come fr
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Self
@@ -142,7 +142,7 @@ def types(shape: Shape, recipe: Recipe | str, specs: Sequence[TensorSpec] | None
             chosen[spec.name] = BASE_TYPES[recipe.base]
         else:
             wanted = _wanted_type(shape, recipe.base, spec, seen.get(spec.kind, 0), tied)
-            chosen[spec.name] = _fitting_type(wanted, spec.row_length)
+            chosen[spec.name] = fitting_type(wanted, spec.row_length)
         if spec.kind in seen:
             seen[spec.kind] += 1
     return chosen | _exceptions(recipe, specs)
@@ -184,7 +184,11 @@ def tensor_bytes(shape: Shape, recipe: Recipe | str) -> int:
 
 def weights_by_place(shape: Shape, recipe: Recipe | str) -> Weights:
     """Bytes of a recipe's tensors by where they must lie when the model runs: host, each layer, the last device."""
-    chosen = types(shape, recipe)
+    return placed_weights(shape, types(shape, recipe))
+
+
+def placed_weights(shape: Shape, chosen: Mapping[str, GgmlType]) -> Weights:
+    """The same of tensors whose types are known."""
     host = output = 0
     layers = [0] * shape.n_layers
     for spec in tensors(shape):
@@ -262,7 +266,7 @@ def _gets_more_bits(index: int, n_layers: int) -> bool:
     return index < eighth or index >= 7 * n_layers // 8 or (index - eighth) % 3 == 2
 
 
-def _fitting_type(wanted: GgmlType, row_length: int) -> GgmlType:
+def fitting_type(wanted: GgmlType, row_length: int) -> GgmlType:
     """`wanted`, or what replaces it where its block does not divide the row."""
     if row_length % block_elements(wanted) == 0:
         return wanted

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from runtime.errors import CatalogueError
 from runtime.events import Sampling
 from runtime.ggml import GgmlType
-from runtime.levels import EVERY_LEVEL, LEVELS, Recipe, Search, Shape, plain
+from runtime.levels import EVERY_LEVEL, LEVELS, Recipe, Search, Shape, plain, unusable_name
 from runtime.patterns import checked_pattern
 from runtime.prompts import KINDS
 
@@ -24,11 +24,6 @@ TYPES = {type_.name: type_ for type_ in sorted(GgmlType, key=lambda t: t.name) i
 """The types that a recipe can give a tensor, by name."""
 
 _ALL = "ALL"
-
-_RECIPE_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,62}[a-z0-9_])?", re.IGNORECASE | re.ASCII)
-_MISLEADING = re.compile(
-    rf"(?:.*[.-])?(?:{'|'.join((*EVERY_LEVEL, 'F32', _ALL))})|.*-\d{{5}}-of-\d{{5}}", re.IGNORECASE
-)
 
 _WHOLE = ("top_k", "seed", "max_tokens")  # the fields of Sampling that are whole numbers
 
@@ -147,6 +142,21 @@ def parse_recipes(wanted: str, known: Mapping[str, Recipe]) -> tuple[Recipe, ...
     return tuple(recipe for name, recipe in every.items() if name.upper() in chosen)
 
 
+def read_recipes(path: Path) -> Mapping[str, Recipe]:
+    """The recipes of one file of the form of models.yaml, by name. Raises CatalogueError where it has none."""
+    found = _recipes([_read(path)])
+    if not found:
+        raise CatalogueError(f"{path}: no recipe in it; `bise recipe` writes such files, models.yaml shows their form")
+    return found
+
+
+def recipe_name(text: str) -> str:
+    """`text` if it can be a recipe's name. Raises CatalogueError."""
+    if why := unusable_name(text):
+        raise CatalogueError(f"{text!r} {why}")
+    return text
+
+
 def parse_type(text: str) -> GgmlType:
     """A type that a tensor can be given, as `Q4_K` or `q4_K`. Raises CatalogueError."""
     type_ = TYPES.get(text.strip().upper())
@@ -163,13 +173,13 @@ def parse_override(text: str) -> tuple[str, GgmlType]:
     return checked_pattern(pattern), parse_type(type_)
 
 
-def load(shipped: Path, own: Path | None = None) -> Catalogue:
-    """Read the shipped models.yaml and, where it exists, the user's own on top of it. Raises CatalogueError.
+def load(shipped: Path, *own: Path) -> Catalogue:
+    """Read the shipped models.yaml and, where they exist, the user's own files on top of it. Raises CatalogueError.
 
-    The user's models and machines are added, or replace those of the same name; the user's presets hold for every
-    model that has none of its own.
+    The user's models, machines and recipes are added, or replace those of the same name in a file before; the user's
+    presets hold for every model that has none of its own.
     """
-    files = [_read(shipped), *([_read(own)] if own is not None and own.exists() else [])]
+    files = [_read(shipped), *(_read(path) for path in own if path.exists())]
     shared = {key: preset for file in files for key, preset in _presets(file.section("sampling")).items()}
     return Catalogue(
         models={key: _model(key, node, shared) for file in files for key, node in file.section("models").items()},
@@ -262,16 +272,8 @@ def _recipes(files: Iterable["_Node"]) -> dict[str, Recipe]:
 
 def _recipe(name: str, node: "_Node") -> Recipe:
     node.only("base", "tensors", "output", "embedding", "search", "note")
-    if not _RECIPE_NAME.fullmatch(name):
-        raise CatalogueError(
-            f"{node.file}: {node.place}: cannot end the names of files; a recipe's name has up to 64 letters, digits "
-            "and '_', with '-' and '.' between them"
-        )
-    if _MISLEADING.fullmatch(name):
-        raise CatalogueError(
-            f"{node.file}: {node.place}: would be taken for a level or a shard; choose a name that is no level's, "
-            f"such as {name.split('-')[0]}-OWN"
-        )
+    if why := unusable_name(name):
+        raise CatalogueError(f"{node.file}: {node.place}: {why}")
     base = node.text("base")
     if base.upper() not in EVERY_LEVEL:
         node.fail("base", f"{base!r} is not a level{_nearest(base, EVERY_LEVEL)}; known: {', '.join(EVERY_LEVEL)}")

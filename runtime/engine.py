@@ -7,7 +7,7 @@ as llama-perplexity batches them. Only `abort` may be called from another thread
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from runtime.fitting import fitted
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings, SamplerChain
 from runtime.native_devices import devices, register_rpc
-from runtime.native_graph import Observer
+from runtime.native_graph import Observer, Tensor, Weights
 
 
 def n_cores() -> int:
@@ -253,6 +253,23 @@ class ScoringEngine:
         """
         for _ in self._decode(chunks, 0):
             pass
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Name → weight of a `writable` model, of all that a token is computed with. Valid while this is open.
+
+        One token in a context of its own finds them, so that no Python is called while chunks are computed.
+        """
+        found = Weights()
+        settings = ContextSettings(
+            n_ctx=1, n_batch=1, n_ubatch=1, n_seq_max=1, n_outputs_max=1, n_threads=1, kv_type="f16"
+        )
+        context = Context(self._model, settings, found)
+        try:
+            zero = np.zeros(1, np.int32)
+            context.decode(zero, zero, zero, np.ones(1, np.int8))
+        finally:
+            context.close()
+        return found.found
 
     def abort(self) -> None:
         """Ask the running decode to end. May be called from any thread."""

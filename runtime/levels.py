@@ -4,6 +4,7 @@ A *level* is a named recipe of GGUF tensor types, as llama.cpp's `llama-quantize
 needed to know every tensor of a Mistral-shaped model without its weights. Knows nothing of files.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -61,6 +62,26 @@ class Recipe:
         parts += [f"embedding={self.embedding.name}"] if self.embedding is not None else []
         parts += [f"search={self.search}"] if self.search is not Search.GGML else []
         return ", ".join(parts)
+
+
+_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,62}[a-z0-9_])?", re.IGNORECASE | re.ASCII)
+_MISLEADING = re.compile(
+    rf"(?:.*[.-])?(?:{'|'.join((*EVERY_LEVEL, 'F32', 'ALL'))})|.*-\d{{5}}-of-\d{{5}}", re.IGNORECASE
+)
+
+
+def unusable_name(name: str) -> str:
+    """Why a recipe cannot be called so; empty if it can."""
+    if not _NAME.fullmatch(name):
+        return (
+            "cannot end the names of files; a recipe's name has up to 64 letters, digits and '_', with '-' and '.' "
+            "between them"
+        )
+    if _MISLEADING.fullmatch(name):
+        return (
+            f"would be taken for a level or a shard; choose a name that is no level's, such as {name.split('-')[0]}-OWN"
+        )
+    return ""
 
 
 def plain(level: str) -> Recipe:

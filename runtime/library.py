@@ -44,11 +44,7 @@ class ModelFile:
         """The command that loads it, with the prompt format the catalogue names (else the GGUF's own template)."""
         if self.model is None:
             return Load(self.path, settings, "template")
-        tokenizer = None
-        folder = checkpoint_folder(self.model)
-        if self.model.tokenizer and folder is not None and (folder / self.model.tokenizer).is_file():
-            tokenizer = folder / self.model.tokenizer
-        return Load(self.path, settings, self.model.prompt, tokenizer)
+        return Load(self.path, settings, self.model.prompt, tokenizer_file(self.model))
 
     @property
     def context(self) -> int:
@@ -68,14 +64,22 @@ def models_folder() -> Path:
     return data_folder() / "models"
 
 
+def recipes_folder() -> Path:
+    """Where `bise recipe` keeps what it chose, a file a recipe."""
+    import platformdirs
+
+    return platformdirs.user_config_path("bise") / "recipes"
+
+
 def shipped_catalogue() -> Catalogue:
-    """models.yaml as shipped, with the user's own on top."""
+    """models.yaml as shipped, with the user's recipe files and then the user's own models.yaml on top."""
     import platformdirs
 
     here = Path(__file__).parent
     packaged = here / "models.yaml"  # in a wheel; in a checkout it stands at the top
     shipped = packaged if packaged.exists() else here.parent / "models.yaml"
-    return load(shipped, platformdirs.user_config_path("bise") / "models.yaml")
+    own = platformdirs.user_config_path("bise") / "models.yaml"
+    return load(shipped, *sorted(recipes_folder().glob("*.yaml")), own)
 
 
 def checkpoint_folder(model: Model) -> Path | None:
@@ -94,6 +98,13 @@ def checkpoint_folder(model: Model) -> Path | None:
         return _snapshot(hub_folder(rest))
     folder = Path(model.source).expanduser()
     return folder if folder.is_dir() else None
+
+
+def tokenizer_file(model: Model) -> Path | None:
+    """The tokenizer's file that the catalogue names, where it is on this disk."""
+    folder = checkpoint_folder(model)
+    found = model.tokenizer and folder is not None and (folder / model.tokenizer).is_file()
+    return folder / model.tokenizer if found and folder is not None and model.tokenizer else None
 
 
 def hub_cache() -> Path:

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     for model in catalogue.models.values():
         weights = library.checkpoint_folder(model)
         packaged = library.packaged_file(model)
-        levels = library.find_levels(model.name, folder)
+        levels = library.find_levels(model.name, folder, catalogue.recipes)
         entries.append(
             {
                 "model": model.key,
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             state = "weights not on disk" if model.levels else "not installed"
         print(f"{model.key:<{width}}  {model.title}; {state}")
-        found = library.find_levels(model.name, folder)
+        found = library.find_levels(model.name, folder, catalogue.recipes)
         if found:
             sizes = "  ".join(f"{level} {gigabytes(library.file_bytes(path))}" for level, path in found.items())
             print(f"{'':<{width}}  levels: {sizes}")

@@ -23,7 +23,14 @@ HELP = "make GGUF levels from safetensors or a GGUF"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name, folder or GGUF")
-    parser.add_argument("--levels", default="all", help="such as Q4_K_M,Q6_K; all is the ten; also BF16, F16, recipes")
+    parser.add_argument("--levels", help="such as Q4_K_M,Q6_K; all, the default, is the ten; also BF16, F16, recipes")
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="a recipe by name, or those in a file of bise recipe; no level is then made unasked; may be repeated",
+    )
     parser.add_argument(
         "--out",
         action="append",
@@ -117,18 +124,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _source(arguments: argparse.Namespace, catalogue: "Catalogue") -> "tuple[Source, Model | None]":
-    """The model to convert, with what its files say of their origin. A plan needs only its shape."""
-    from dataclasses import replace
-
-    from quant.inputs import described_source, open_source
-    from quant.provenance import provenance
+    """The model to convert. A plan needs only its shape."""
+    from quant.inputs import described_source
     from runtime import library
 
     if arguments.dry_run and arguments.model in catalogue.models:
         model = catalogue.models[arguments.model]
         if library.checkpoint_folder(model) is None:
             return described_source(model), model
-    path, found, name = library.find_checkpoint(arguments.model, catalogue)
+    return open_named_source(arguments.model, catalogue)
+
+
+def open_named_source(argument: str, catalogue: "Catalogue") -> "tuple[Source, Model | None]":
+    """MODEL → what its levels are made of, with what its files say of their origin, and its catalogue entry."""
+    from dataclasses import replace
+
+    from quant.inputs import open_source
+    from quant.provenance import provenance
+    from runtime import library
+
+    path, found, name = library.find_checkpoint(argument, catalogue)
     source = open_source(path, name, licence_metadata(found), context=found.context if found else None)
     if source.kind == "GGUF":  # its metadata is carried over as it is, with what it says of its own origin
         return source, found
@@ -139,12 +154,12 @@ def _recipes(arguments: argparse.Namespace, catalogue: "Catalogue") -> "tuple[Re
     """The levels and recipes that --levels names, with the exceptions of the command line before their own."""
     from dataclasses import replace
 
-    from runtime.catalogue import parse_override, parse_recipes, parse_type
+    from runtime.catalogue import parse_override, parse_type
 
     tensors = tuple(parse_override(text) for text in arguments.tensor)
     output = parse_type(arguments.output_type) if arguments.output_type else None
     embedding = parse_type(arguments.embedding_type) if arguments.embedding_type else None
-    chosen = parse_recipes(arguments.levels, catalogue.recipes)
+    chosen = _wanted(arguments, catalogue)
     if arguments.search == "best":  # of a level whose tensors all have one way only, such as Q8_0, there is no other
         chosen = tuple(catalogue.recipes.get(f"{recipe.name}-BEST", recipe) for recipe in chosen)
     return tuple(
@@ -156,6 +171,21 @@ def _recipes(arguments: argparse.Namespace, catalogue: "Catalogue") -> "tuple[Re
         )
         for recipe in chosen
     )
+
+
+def _wanted(arguments: argparse.Namespace, catalogue: "Catalogue") -> "tuple[Recipe, ...]":
+    """The levels and recipes of --levels, then those of --recipe."""
+    from runtime.catalogue import parse_recipes, read_recipes
+
+    named = arguments.levels if arguments.levels or arguments.recipe else "all"
+    found = list(parse_recipes(named, catalogue.recipes)) if named else []
+    for argument in arguments.recipe:
+        path = Path(argument).expanduser()
+        if path.suffix.lower() in (".yaml", ".yml"):
+            found += read_recipes(path).values()
+        else:
+            found += parse_recipes(argument, catalogue.recipes)
+    return tuple(dict.fromkeys(found))
 
 
 def _folders(out: list[str], recipes: "tuple[Recipe, ...]") -> tuple[Path | None, dict[str, Path]]:

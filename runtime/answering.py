@@ -69,10 +69,11 @@ class Answerer:
             emit(PromptProgress(done, total, kept))
 
         reason: StopReason = "stopped"
-        n_answer = 0
+        n_answer, sampling = 0, ""
         try:
             self._engine.read(ids, progress)
             answering = time.monotonic()
+            sampling = self._engine.start_sampling(reply.sampling)
             reason, n_answer = self._draw(reply, emit)
         except AbortedError:  # while the prompt was read
             answering = time.monotonic()
@@ -86,13 +87,13 @@ class Answerer:
                 answer_seconds=time.monotonic() - answering,
                 context_used=self._engine.context_used,
                 n_ctx=self._engine.n_ctx,
+                sampling=sampling,
             )
         )
 
     def _draw(self, reply: Reply, emit: Emit) -> tuple[StopReason, int]:
         """Draw tokens until the answer ends; why it did, and how many there were."""
         engine, vocabulary = self._engine, self._engine.vocabulary
-        engine.start_sampling(reply.sampling)
         # SentencePiece writes the space before the first word into its token; an answer does not begin with a space.
         last = reply.messages[-1]
         goes_on = last.role == "assistant" and bool(last.content.strip())

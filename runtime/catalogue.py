@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.errors import CatalogueError
-from runtime.events import Sampling
 from runtime.ggml import GgmlType
 from runtime.levels import EVERY_LEVEL, LEVELS, Recipe, Search, Shape, plain, unusable_name
 from runtime.patterns import checked_pattern
 from runtime.prompts import KINDS
+from runtime.sampling import NAMES, Sampling, setting
 
 PRESETS = ("code", "factual", "creative")
 
@@ -24,8 +24,6 @@ TYPES = {type_.name: type_ for type_ in sorted(GgmlType, key=lambda t: t.name) i
 """The types that a recipe can give a tensor, by name."""
 
 _ALL = "ALL"
-
-_WHOLE = ("top_k", "seed", "max_tokens")  # the fields of Sampling that are whole numbers
 
 _PREFIXES = "KMGT"
 _UNITS = {"b": 1}
@@ -318,14 +316,15 @@ def _presets(node: "_Node") -> dict[str, Sampling]:
 
 
 def _sampling(node: "_Node") -> Sampling:
-    node.only(*(f.name for f in fields(Sampling)))
+    node.only(*NAMES)
+    settings: dict[str, Any] = {}
     for key, value in node.tree.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            node.fail(key, f"must be a number, not {value!r}")
-        if key in _WHOLE and not isinstance(value, int):
-            node.fail(key, f"must be a whole number, not {value!r}")
+        try:
+            settings[key] = setting(key, value)
+        except ValueError as error:
+            node.fail(key, str(error))
     try:
-        return Sampling(**node.tree)
+        return Sampling(**settings)
     except ValueError as error:
         raise CatalogueError(f"{node.file}: {node.place}: {error}") from None
 

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
-from runtime.events import EngineSettings, Sampling
+from runtime.events import EngineSettings
 from runtime.fitting import fitted
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
-from runtime.native_context import AbortedError, Context, ContextSettings, SamplerChain
+from runtime.native_context import AbortedError, Context, ContextSettings
 from runtime.native_devices import devices, register_rpc
 from runtime.native_graph import Observer, Tensor, Weights
+from runtime.native_sampling import Sampler
+from runtime.sampling import MAX_SEED, Sampling, describe
 
 
 def n_cores() -> int:
@@ -76,7 +78,7 @@ class Engine:
         self.n_ctx = settings.n_ctx
         self._n_batch = n_batch
         self._cached: list[int] = []  # the ids whose K and V the cache holds, in order
-        self._chain: SamplerChain | None = None
+        self._sampler: Sampler | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -123,17 +125,22 @@ class Engine:
             on_progress(len(self._cached), len(ids), reused)
         return reused
 
-    def start_sampling(self, sampling: Sampling) -> None:
-        """Set how `next` draws. A fixed seed repeats the answer."""
-        if self._chain is not None:
-            self._chain.close()
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
-        self._chain = SamplerChain(sampling, seed, self.vocabulary.n_tokens)
+    def start_sampling(self, sampling: Sampling) -> str:
+        """Set how `next` draws after what was read so far, and say it in words. A fixed seed repeats the answer.
+
+        Raises EngineError for a setting that does not fit the model.
+        """
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+        seed = sampling.seed if sampling.seed is not None else secrets.randbelow(MAX_SEED + 1)
+        self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=self._cached)
+        return describe(sampling, seed)
 
     def next(self) -> int:
         """Draw the next id from the logits of the last decode. The KV cache does not hold it until `extend`."""
-        assert self._chain is not None, "start_sampling comes first"
-        return self._context.sample(self._chain)
+        assert self._sampler is not None, "start_sampling comes first"
+        return self._sampler.draw(self.logits())
 
     def extend(self, token: int) -> None:
         """Decode one more id. Raises AbortedError."""
@@ -153,9 +160,9 @@ class Engine:
         self._context.abort(wanted)
 
     def close(self) -> None:
-        if self._chain is not None:
-            self._chain.close()
-            self._chain = None
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
         self._context.close()
         self._model.close()
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from runtime.sampling import Sampling as Sampling  # part of every reply: named here too
+
 Role = Literal["system", "user", "assistant"]
 
 StopReason = Literal["end", "length", "stopped", "context"]
@@ -20,38 +22,6 @@ class Message:
 
     role: Role
     content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is drawn. `temperature` 0 takes the likeliest token."""
-
-    temperature: float = 0.7
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repeat_penalty: float = 1.0
-    """Divides the logits of the last 64 tokens' ids; 1 is off."""
-    seed: int | None = None
-    """None draws a fresh seed for each reply."""
-    max_tokens: int | None = None
-    """None: until the model ends or the context is full."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a setting outside its range."""
-        for name, low, high in (
-            ("temperature", 0.0, 10.0),
-            ("top_k", 0, 2**31 - 1),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repeat_penalty", 0.01, 10.0),
-            ("seed", 0, 2**32 - 1),
-            ("max_tokens", 1, 2**31 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +131,8 @@ class Finished:
     context_used: int
     """Positions of the KV cache in use now."""
     n_ctx: int
+    sampling: str = ""
+    """How the tokens were drawn, in words, with the seed that repeats it."""
 
     @property
     def tokens_per_second(self) -> float:

@@ -127,7 +127,8 @@ class Vocabulary:
     """The tokens of a loaded model. Valid while its `Model` is open."""
 
     def __init__(self, pointer: Any) -> None:
-        self._vocab = pointer
+        self.pointer = pointer
+        """The native handle, for native_sampling.py."""
         self.n_tokens = int(lib.llama_vocab_n_tokens(pointer))
         self.bos = int(lib.llama_vocab_bos(pointer))
         """Id of the beginning-of-sequence token, -1 if there is none."""
@@ -145,7 +146,7 @@ class Vocabulary:
         data = text.encode("utf-8", "surrogatepass")
         ids = np.empty(len(data) + 16, np.int32)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        n = lib.llama_tokenize(self._vocab, data, len(data), pointer, len(ids), bos, special)
+        n = lib.llama_tokenize(self.pointer, data, len(data), pointer, len(ids), bos, special)
         if n < 0:
             raise EngineError(f"a text of {len(data)} bytes cannot be tokenized")
         return ids[:n]
@@ -155,25 +156,25 @@ class Vocabulary:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, int(strip_space), special)
+            n = lib.llama_token_to_piece(self.pointer, token, buffer, size, int(strip_space), special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
 
     def text(self, token: int) -> str:
         """The token as the GGUF stores it, such as `▁the` or `[INST]`."""
-        raw = lib.llama_vocab_get_text(self._vocab, token)
+        raw = lib.llama_vocab_get_text(self.pointer, token)
         return raw.decode("utf-8", "replace") if raw is not None else ""
 
     def is_control(self, token: int) -> bool:
-        return bool(lib.llama_vocab_is_control(self._vocab, token))
+        return bool(lib.llama_vocab_is_control(self.pointer, token))
 
     def is_user_defined(self, token: int) -> bool:
-        return bool(lib.llama_vocab_get_attr(self._vocab, token) & _ATTR_USER_DEFINED)
+        return bool(lib.llama_vocab_get_attr(self.pointer, token) & _ATTR_USER_DEFINED)
 
     def ends_answer(self, token: int) -> bool:
         """Whether the model ends its turn with this token (EOS, EOT and their kin)."""
-        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+        return bool(lib.llama_vocab_is_eog(self.pointer, token))
 
 
 @dataclass(frozen=True, slots=True)

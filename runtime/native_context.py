@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
-from runtime.events import Sampling
 from runtime.native import LOG, Model, lib
 from runtime.native_graph import Observer, Watch
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30}
 """Names of KV cache types → ggml_type (ggml.h)."""
 
-_PENALTY_WINDOW = 64
 _ABORTED = 2
 _NO_SLOT = 1
 
@@ -148,48 +146,11 @@ class Context:
         """Ask the running decode to end, or take it back. May be called from any thread."""
         self._abort_flag[0] = b"1" if wanted else b"0"
 
-    def sample(self, chain: "SamplerChain") -> int:
-        """Draw from the last row of the last decode, and tell the chain what was drawn."""
-        return int(lib.llama_sampler_sample(chain.pointer, self._context, -1))
-
     def close(self) -> None:
         if self._context is not None:
             lib.llama_batch_free(self._batch)
             lib.llama_free(self._context)
             self._context = None
-
-
-class SamplerChain:
-    """Settings → llama.cpp's samplers, in its default order: penalties, top-k, top-p, min-p, temperature, draw.
-
-    Order: llama.cpp 0c1e57098, common/common.h `common_params_sampling.samplers`.
-    """
-
-    def __init__(self, sampling: Sampling, seed: int, n_vocab: int) -> None:
-        self.pointer: Any = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if sampling.repeat_penalty != 1.0:
-            self._add(lib.llama_sampler_init_penalties(n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0))
-        if sampling.temperature <= 0:
-            self._add(lib.llama_sampler_init_greedy())
-            return
-        if sampling.top_k > 0:
-            self._add(lib.llama_sampler_init_top_k(sampling.top_k))
-        if sampling.top_p < 1:
-            self._add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
-        if sampling.min_p > 0:
-            self._add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
-        self._add(lib.llama_sampler_init_temp(sampling.temperature))
-        self._add(lib.llama_sampler_init_dist(seed))
-
-    def _add(self, sampler: Any) -> None:
-        if not sampler:
-            raise EngineError("llama.cpp refused a sampler; check the sampling settings")
-        lib.llama_sampler_chain_add(self.pointer, sampler)
-
-    def close(self) -> None:
-        if self.pointer is not None:
-            lib.llama_sampler_free(self.pointer)
-            self.pointer = None
 
 
 def _view(pointer: Any, n: int) -> NDArray[Any]:

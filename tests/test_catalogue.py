@@ -14,6 +14,7 @@ from runtime.catalogue import load, parse_bytes, parse_levels, parse_override, p
 from runtime.errors import CatalogueError
 from runtime.ggml import GgmlType, type_name
 from runtime.levels import LEVELS, ORIGINAL, Recipe, Search, plain
+from runtime.sampling import Sampling
 from tests.checkpoints import MISTRAL_LARGE_2
 
 SHIPPED = Path(__file__).parent.parent / "models.yaml"
@@ -109,6 +110,14 @@ def test_an_empty_file_of_the_users_changes_nothing(own: Path, text: str) -> Non
     assert load(SHIPPED, own) == load(SHIPPED)
 
 
+def test_a_preset_takes_every_setting(own: Path) -> None:
+    settings = """{top_n_sigma: 1.5, dry_multiplier: 0.8, dry_breakers: ["."], mirostat: 2, logit_bias: {5: -.inf}}"""
+    own.write_text(f"sampling: {{code: {settings}}}", encoding="utf-8")
+    assert load(SHIPPED, own).model("demo").sampling["code"] == Sampling(
+        top_n_sigma=1.5, dry_multiplier=0.8, dry_breakers=(".",), mirostat=2, logit_bias=((5, float("-inf")),)
+    )
+
+
 def test_no_file_of_the_users_changes_nothing(own: Path) -> None:
     assert load(SHIPPED, own) == load(SHIPPED)
 
@@ -131,6 +140,12 @@ def test_no_file_of_the_users_changes_nothing(own: Path) -> None:
             "sampling: {code: {temperatur: 1}}\n    licence:",
             "models.mine.sampling.code.temperatur",
             "temperature",
+        ),
+        (
+            "licence:",
+            "sampling: {code: {top_nsigma: 1}}\n    licence:",
+            "models.mine.sampling.code.top_nsigma",
+            "top_n_sigma",
         ),
         ("licence:", "shape: {n_layer: 1}\n    licence:", "models.mine.shape.n_layer", "n_layers"),
     ],
@@ -170,6 +185,9 @@ def test_a_wrong_value_is_named_with_its_place(own: Path, old: str, new: str, me
         ("sampling: {code: {temperature: -1}}", "sampling.code: temperature is -1; it must lie between"),
         ("sampling: {code: {temperature: .nan}}", "sampling.code: temperature is nan; it must lie between"),
         ("sampling: {code: {top_k: 1.5}}", "sampling.code.top_k: must be a whole number, not 1.5"),
+        ("sampling: {code: {mirostat: 3}}", "sampling.code: mirostat is 3; it must lie between 0 and 2"),
+        ("sampling: {code: {logit_bias: 5}}", "sampling.code.logit_bias: must be a mapping of token ids to numbers"),
+        ("sampling: {code: {dry_breakers: x}}", "sampling.code.dry_breakers: must be a list of texts, not 'x'"),
         ("sampling: [code]", "sampling must be a mapping of keys to values, not ['code']"),
         ("models: 5", "models must be a mapping of keys to values, not 5"),
         ("- models", "the file must be a mapping of keys to values, not ['models']"),

@@ -109,6 +109,7 @@ def test_a_dry_run_writes_nothing(environment: dict[str, str], tmp_path: Path) -
         (["ask", "hi", "--model", "demo", "--kv", "q5_7"], ["'q5_7' is not a KV cache type"]),
         (["ask", "hi", "--model", "demo", "--preset", "wild"], ["'wild'", "code, factual, creative"]),
         (["ask", "hi", "--model", "demo", "--temperature", "-1"], ["temperature is -1"]),
+        (["ask", "hi", "--model", "demo", "--logit-bias", "4096=1"], ["token 4096", "has 4096 tokens"]),
         (["ask", "hi", "--model", "demo", "--rpc", "127.0.0.1:9"], ["no llama.cpp RPC server answers"]),
         (["ask"], ["nothing to ask"]),
         (["chat", "demo"], ["needs a terminal"]),
@@ -141,8 +142,26 @@ def test_a_gguf_that_models_yaml_does_not_know(
     """It is read by its own template and has every preset."""
     path = tmp_path / "unknown.gguf"
     path.symlink_to(demo_levels["Q8_0"])
-    run = bise(environment, "ask", "Define a horse.", "--model", path, "--preset", "creative", "--max-tokens", "5")
+    settings = (
+        "--preset",
+        "creative",
+        "--max-tokens",
+        "5",
+        "--seed",
+        "3",
+        "--dry-breaker",
+        "a",
+        "--dry-multiplier",
+        "1",
+    )
+    run = bise(
+        environment, "ask", "Define a horse.", "--model", path, *settings, "--logit-bias", "7=-inf", "--show-sampling"
+    )
     assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines()[-1] == (
+        "sampling: logit bias of 7: -inf → DRY 1 · 1.75^(length − 2) over the last 64 tokens → top-p 0.95 → "
+        "temperature 0.8 → draw, seed 3"
+    )
     assert run.stdout.strip()
     assert "nonsense" not in run.stderr, "nothing says that this is the demo"
 

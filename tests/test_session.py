@@ -34,6 +34,9 @@ from runtime.session import Session
 from tests.checkpoints import DEMO
 
 GREEDY = Sampling(temperature=0.0)
+
+EOS = 2
+"""The demo's token that ends an answer."""
 PROSE = (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")
 HORSE = Message("user", "Define a horse.")
 QUESTION = Message("user", "Name three colours of the rainbow.")
@@ -130,7 +133,8 @@ def test_the_model_ends_an_answer_by_itself(session: Session) -> None:
 def test_an_answer_ends_where_the_context_is_full(opened: Callable[..., Session], demo: Path) -> None:
     session = opened(demo_load(demo, n_ctx=128))
     list(session.load())
-    end = finished(ask(session, HORSE, Message("assistant", PROSE[:200]), sampling=Sampling(temperature=2.0, seed=3)))
+    endless = Sampling(temperature=2.0, seed=3, logit_bias=((EOS, float("-inf")),))
+    end = finished(ask(session, HORSE, Message("assistant", PROSE[:200]), sampling=endless))
     assert (end.reason, end.context_used) == ("context", 128)
     assert end.prompt_tokens + end.answer_tokens == 129
     with pytest.raises(EngineError, match=r"the conversation has \d+ tokens and the context holds 128"):
@@ -197,8 +201,9 @@ class SpeltModel:
         on_progress(len(ids), len(ids), 0)
         return 0
 
-    def start_sampling(self, sampling: Sampling) -> None:
+    def start_sampling(self, sampling: Sampling) -> str:
         self._next = 0
+        return "one after the other"
 
     def next(self) -> int:
         return self._next

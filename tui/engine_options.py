@@ -4,10 +4,38 @@ import argparse
 from dataclasses import replace
 
 from runtime.errors import EngineError
-from runtime.events import EngineSettings, Sampling
+from runtime.events import EngineSettings
 from runtime.library import ModelFile
+from runtime.sampling import NAMES, WHOLE, Sampling
 
 DEFAULT_PRESET = "factual"
+
+_SETTINGS = {
+    "temperature": "0 takes the likeliest token",
+    "dynamic_temperature": "move it up or down by as much, after the entropy",
+    "dynamic_exponent": "of the entropy (default: 1)",
+    "top_k": "keep the N likeliest tokens",
+    "top_p": "keep the likeliest tokens of together this probability",
+    "min_p": "keep tokens at least this likely, relative to the likeliest",
+    "typical_p": "keep the most typical tokens of together this probability",
+    "top_n_sigma": "keep tokens within N standard deviations of the highest logit",
+    "xtc_probability": "how often to leave out all tokens above the threshold but the last",
+    "xtc_threshold": "(default: 0.1)",
+    "dry_multiplier": "penalty against going on a repetition",
+    "dry_base": "what it grows by with each repeated token (default: 1.75)",
+    "dry_allowed_length": "repetitions up to this length are free (default: 2)",
+    "dry_window": "tokens searched for repetitions, -1 for the whole context (default: 64)",
+    "repeat_penalty": "divides the logits of tokens that were there",
+    "frequency_penalty": "subtracted for each time a token was there",
+    "presence_penalty": "subtracted from every token that was there",
+    "penalty_window": "last tokens these three see, -1 for the whole context (default: 64)",
+    "mirostat": "1 or 2: hold the surprise, in place of cuts and penalties",
+    "mirostat_tau": "the surprise to hold, in bits (default: 5)",
+    "mirostat_eta": "how fast it learns (default: 0.1)",
+    "seed": "a fixed seed repeats the answer",
+    "max_tokens": "longest answer",
+}
+"""The settings that are one number → what `--help` says of them."""
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
@@ -31,13 +59,23 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--preset", default=DEFAULT_PRESET, help="code, factual or creative (default: factual)")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--top-k", type=int, metavar="K")
-    group.add_argument("--min-p", type=float, metavar="P")
-    group.add_argument("--repeat-penalty", type=float, metavar="R")
-    group.add_argument("--seed", type=int, metavar="N", help="a fixed seed repeats the answer")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    for name, help_ in _SETTINGS.items():
+        type_ = int if name in WHOLE else float
+        group.add_argument(f"--{name.replace('_', '-')}", type=type_, metavar="N", help=help_)
+    group.add_argument(
+        "--dry-breaker",
+        dest="dry_breakers",
+        action="append",
+        metavar="TEXT",
+        help='no repetition reaches across it; may be given again (default: newline : " *)',
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID=BIAS",
+        help="added to a token's logit, -inf forbids it; may be given again",
+    )
 
 
 def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSettings:
@@ -61,12 +99,17 @@ def presets(arguments: argparse.Namespace, file: ModelFile) -> dict[str, Samplin
     known = file.sampling
     if arguments.preset not in known:
         raise EngineError(f"no sampling preset is called {arguments.preset!r}; known: {', '.join(known)}")
-    given = {
-        name: getattr(arguments, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "max_tokens")
-        if getattr(arguments, name) is not None
-    }
+    given = {name: value for name in NAMES if (value := getattr(arguments, name)) is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     try:
         return {name: replace(sampling, **given) for name, sampling in known.items()}
     except ValueError as error:
         raise EngineError(f"{error}") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, such as 1234=-5 or 1234=-inf") from None

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="default: the one used last, else SmolLM2, else the demo")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--stats", action="store_true", help="tokens and speed on stderr at the end")
+    parser.add_argument("--show-sampling", action="store_true", help="how tokens were drawn, with the seed, on stderr")
     add_model_arguments(parser)
     add_engine_arguments(parser)
     add_sampling_arguments(parser)
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         session.close()
     if finished is not None:
         _report(finished, stats=arguments.stats)
+        if arguments.show_sampling:
+            print(f"sampling: {finished.sampling}", file=sys.stderr)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Small GGUF files for tests: models written by gguf's own writer, and ways to make damaged files."""
 
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 from hypothesis import strategies as st
 
-from quant.recipes import tensors
+from quant.recipes import tensors, types
 from runtime.levels import Shape
 
 SMALL = Shape(n_layers=3, n_embd=256, n_ff=288, n_heads=4, n_heads_kv=2, head_dim=64, n_vocab=300)
@@ -85,6 +86,31 @@ def bare_model(path: Path, shape: Shape, file_type: gguf.LlamaFileType) -> Itera
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_sparse(path: Path, shape: Shape, level: str, context: int) -> Path:
+    """A model of any size without its weights, which are zeros: only the header takes room on the disk."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_shape(writer, shape)
+    writer.add_context_length(context)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(1e6)
+    writer.add_vocab_size(shape.n_vocab)
+    writer.add_tokenizer_model("no_vocab")
+    chosen = types(shape, level)
+    alignment, n_bytes = gguf.GGUF_DEFAULT_ALIGNMENT, 0
+    for spec in tensors(shape):
+        size = spec.n_bytes(chosen[spec.name])
+        type_ = gguf.GGMLQuantizationType(int(chosen[spec.name]))
+        writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), size, raw_dtype=type_)
+        n_bytes += -(-size // alignment) * alignment
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, -(-path.stat().st_size // alignment) * alignment + n_bytes)
+    assert path.stat().st_blocks * 512 < 2**20
+    return path
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, values: "np.ndarray[Any, Any]", dtype: str) -> None:

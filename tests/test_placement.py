@@ -2,24 +2,33 @@
 
 import ctypes
 import itertools
-import os
 import random
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
-from quant import recipes
 from quant.recipes import weights_by_place
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.levels import LEVELS, Shape
-from runtime.placement import KV_BYTES, Weights, Wish, compute_bytes, kv_bytes, largest_context, place
+from runtime.placement import (
+    KV_BYTES,
+    Holds,
+    Split,
+    Weights,
+    Wish,
+    compute_bytes,
+    fewest_host_layers,
+    kv_bytes,
+    largest_context,
+    place,
+)
 from tests.checkpoints import DEMO_SHAPE, MISTRAL_LARGE_2
+from tests.gguf_files import write_sparse
 from tests.rpc import apart
 
 GIB, MIB = 2**30, 2**20
@@ -87,6 +96,50 @@ def test_every_byte_has_one_place(level: str) -> None:
     assert sum(use.n_layers for use in placement.uses) == MISTRAL_LARGE_2.n_layers
 
 
+@pytest.mark.parametrize(("n_host_layers", "split"), [(0, "layer"), (30, "layer"), (88, "layer"), (0, "tensor")])
+def test_layers_on_the_host_and_parts_of_tensors_are_all_counted(n_host_layers: int, split: Split) -> None:
+    weights = weights_by_place(MISTRAL_LARGE_2, "Q5_K_M")
+    wish = Wish(LONG, split=split)
+    placement = place(weights, MISTRAL_LARGE_2, wish, (60 * GIB, 80 * GIB), n_host_layers=n_host_layers)
+    host = placement.host
+    assert abs(sum(use.weights for use in placement.uses) + host.embedding + host.weights - weights.total) < 2
+    assert abs(sum(use.kv for use in placement.uses) + host.kv - kv_bytes(MISTRAL_LARGE_2, wish)) < 2
+    assert host.weights == sum(weights.layers[:n_host_layers])
+    assert placement.n_gpu_layers == {0: -1, 30: 59, 88: 1}[n_host_layers]
+
+
+def test_as_few_layers_as_possible_go_to_the_host() -> None:
+    weights = weights_by_place(MISTRAL_LARGE_2, "Q4_K_M")
+    found = fewest_host_layers(weights, MISTRAL_LARGE_2, Wish(8192), (48 * GIB,))
+    assert found is not None
+    n = found.host.n_layers
+    for n_host_layers, fits in ((n, True), (n - 1, False)):
+        placed = place(weights, MISTRAL_LARGE_2, Wish(8192), (48 * GIB,), n_host_layers=n_host_layers)
+        assert placed.fits is fits
+    assert fewest_host_layers(weights, MISTRAL_LARGE_2, Wish(8192), (GIB,)) is None, "not even the output fits"
+
+
+def test_every_sequence_has_whole_steps_of_the_cache() -> None:
+    assert kv_bytes(MISTRAL_LARGE_2, Wish(3000, n_seq=4)) == kv_bytes(MISTRAL_LARGE_2, Wish(4 * 768))
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "n_host_layers", "devices", "message"),
+    [
+        ("q8_0", 0, (1, 1), "needs a KV cache that is not quantized, and --kv is q8_0; take --kv f16, or --split-mode"),
+        ("f16", 3, (1, 1), "needs all layers on the GPUs; leave out --gpu-layers"),
+        ("f16", 0, (1,) * 9, "needs a KV head for every device, and 8 heads over 9 devices leave one without"),
+        ("f16", 0, (1, 8), "needs a KV head for every device, and 8 heads over 2 devices leave one without"),
+    ],
+)
+def test_what_tensors_cannot_be_split_for_is_refused(
+    kv_type: str, n_host_layers: int, devices: tuple[int, ...], message: str
+) -> None:
+    weights, wish = weights_by_place(MISTRAL_LARGE_2, "Q4_K_M"), Wish(8192, kv_type, split="tensor")
+    with pytest.raises(EngineError, match=f"--split-mode tensor {message}"):
+        place(weights, MISTRAL_LARGE_2, wish, [n * 80 * GIB for n in devices], 0, n_host_layers=n_host_layers)
+
+
 # The split
 
 
@@ -97,7 +150,8 @@ def fullest(weights: Weights, shape: Shape, wish: Wish, capacities: Sequence[int
         last = device == len(capacities) - 1
         n_bytes = sum(weights.layers[start:end]) + kv_bytes(shape, wish, end - start) + last * weights.output
         if end > start or last:
-            n_bytes += compute_bytes(shape, wish, device, len(capacities))
+            holds: Holds = "output" if end == start else "last layer" if start == shape.n_layers - 1 else "layers"
+            n_bytes += compute_bytes(shape, wish, device, len(capacities), holds=holds)
         fills.append(n_bytes / capacities[device])
     return max(fills)
 
@@ -173,35 +227,7 @@ def test_llama_cpp_lays_the_layers_as_planned(demo: Path, servers: tuple[str, ..
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Mistral Large 2 at Q4_K_M without its weights: 73 GB long, but only the header takes room on the disk."""
-    shape, path = MISTRAL_LARGE_2, tmp_path_factory.mktemp("large") / "large.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(shape.n_layers)
-    writer.add_context_length(LONG)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_heads)
-    writer.add_head_count_kv(shape.n_heads_kv)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(1e6)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape.n_vocab)
-    writer.add_tokenizer_model("no_vocab")
-    types = recipes.types(shape, "Q4_K_M")
-    n_bytes = 0
-    for spec in recipes.tensors(shape):
-        size = spec.n_bytes(types[spec.name])
-        type_ = gguf.GGMLQuantizationType(int(types[spec.name]))
-        writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), size, raw_dtype=type_)
-        n_bytes += -(-size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    header = -(-path.stat().st_size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
-    os.truncate(path, header + n_bytes)
-    assert path.stat().st_blocks * 512 < MIB
+    path = write_sparse(tmp_path_factory.mktemp("large") / "large.gguf", MISTRAL_LARGE_2, "Q4_K_M", LONG)
     yield path
     path.unlink()
 

@@ -9,7 +9,20 @@ import time
 from collections.abc import Callable
 
 from runtime.engine import Engine
-from runtime.events import Event, Finished, Load, Loaded, LoadProgress, Piece, PromptProgress, Reply, StopReason
+from runtime.events import (
+    Drawn,
+    Event,
+    Finished,
+    Likelihood,
+    Load,
+    Loaded,
+    LoadProgress,
+    Piece,
+    PromptProgress,
+    Reply,
+    StopReason,
+)
+from runtime.logprobs import log_probabilities
 from runtime.native_context import AbortedError
 from runtime.prompts import Prompter, prompter
 
@@ -101,15 +114,20 @@ class Answerer:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
         reason: StopReason | None = None
         n_answer = 0
+        drawn: list[Drawn] = []  # since the last piece
         while reason is None:
             token = engine.next()
-            if vocabulary.ends_answer(token):
+            ends = vocabulary.ends_answer(token)
+            piece = b"" if ends else vocabulary.piece(token, strip_space=strip_first and n_answer == 0)
+            if reply.logprobs is not None:
+                drawn.append(self._likelihoods(token, piece, reply.logprobs))
+            if ends:
                 reason = "end"
                 break
             n_answer += 1
-            text = decoder.decode(vocabulary.piece(token, strip_space=strip_first and n_answer == 1))
-            if text:
-                emit(Piece(text, n_answer))
+            if text := decoder.decode(piece):
+                emit(Piece(text, n_answer, tuple(drawn)))
+                drawn.clear()
             if n_answer == reply.sampling.max_tokens:
                 reason = "length"
             elif not engine.has_room():
@@ -119,9 +137,17 @@ class Answerer:
                     engine.extend(token)
                 except AbortedError:
                     reason = "stopped"
-        if rest := decoder.decode(b"", final=True):
-            emit(Piece(rest, n_answer))
+        rest = decoder.decode(b"", final=True)
+        if rest or drawn:
+            emit(Piece(rest, n_answer, tuple(drawn)))
         return reason, n_answer
+
+    def _likelihoods(self, token: int, piece: bytes, n_top: int) -> Drawn:
+        """How likely the token was that was just drawn; `piece` is what it adds to the answer."""
+        own, top = log_probabilities(self._engine.logits(), token, n_top)
+        vocabulary = self._engine.vocabulary
+        likeliest = (Likelihood(id_, vocabulary.piece(id_, special=True), logprob) for id_, logprob in top)
+        return Drawn(Likelihood(token, piece, own), tuple(likeliest))
 
     def stop(self, wanted: bool = True) -> None:
         """End the reply in progress, or allow the next one. May be called from any thread."""

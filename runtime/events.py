@@ -67,6 +67,8 @@ class Reply:
 
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of as many likeliest ones; None tells none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,33 @@ class PromptProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihood:
+    """A token, and how likely the model found it in its place, before any sampler."""
+
+    id: int
+    text: bytes
+    """What it stands for; not always whole characters."""
+    logprob: float
+    """Natural logarithm of the probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token of the answer, or the one that ended it, with the likeliest in its place."""
+
+    token: Likelihood
+    likeliest: tuple[Likelihood, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """The next piece of the answer: whole UTF-8 characters, possibly several tokens."""
 
     text: str
     n_tokens: int
     """Tokens of the answer so far."""
+    drawn: tuple[Drawn, ...] = ()
+    """Where log-probabilities are asked for, the tokens since the last piece. The text is then empty for an end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,18 @@ class Session:
                 assert isinstance(event, LoadProgress | Loaded), event
                 yield event
 
-    def reply(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ReplyEvent]:
+    def reply(
+        self, messages: Sequence[Message], sampling: Sampling, *, logprobs: int | None = None
+    ) -> Iterator[ReplyEvent]:
         """Answer the conversation: `PromptProgress`…, `Piece`…, `Finished`. Raises UserError.
 
+        `logprobs`: pieces carry their tokens' log-probabilities, and of as many likeliest ones.
         A caller that leaves early stops the answer; the next reply starts clean.
         """
         worker = self._worker
         if worker is None:
             raise EngineError("no model is loaded")
-        with contextlib.closing(self._events(worker, Reply(tuple(messages), sampling))) as events:
+        with contextlib.closing(self._events(worker, Reply(tuple(messages), sampling, logprobs))) as events:
             for event in events:
                 assert isinstance(event, PromptProgress | Piece | Finished), event
                 yield event

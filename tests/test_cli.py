@@ -112,6 +112,8 @@ def test_a_dry_run_writes_nothing(environment: dict[str, str], tmp_path: Path) -
         (["ask", "hi", "--model", "demo", "--logit-bias", "4096=1"], ["token 4096", "has 4096 tokens"]),
         (["ask", "hi", "--model", "demo", "--rpc", "127.0.0.1:9"], ["no llama.cpp RPC server answers"]),
         (["ask"], ["nothing to ask"]),
+        (["ask", "hi", "--logprobs", "3"], ["--logprobs are told as JSON; add --json"]),
+        (["ask", "hi", "--logprobs", "-3", "--json"], ["--logprobs -3 is not a number of tokens"]),
         (["chat", "demo"], ["needs a terminal"]),
         (["plan", "smollm2"], ["no shape"]),
         (["plan", "--devices", "lots"], ["'lots' is not a size"]),
@@ -168,8 +170,12 @@ def test_a_gguf_that_models_yaml_does_not_know(
 
 def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Path) -> None:
     home = {**environment, "XDG_STATE_HOME": str(tmp_path)}
-    first = bise(home, "ask", "What is 1+1?", "--max-tokens", "3", "--stats")
+    first = bise(home, "ask", "What is 1+1?", "--max-tokens", "3", "--stats", "--json", "--logprobs", "2")
     assert first.returncode == 0, first.stderr
+    told = json.loads(first.stdout)
+    assert (told["answer_tokens"], told["reason"], len(told["tokens"])) == (3, "length", 3)
+    assert "".join(token["text"] for token in told["tokens"]) == told["answer"]
+    assert all(len(token["likeliest"]) == 2 and token["logprob"] <= 0 for token in told["tokens"])
     assert "nonsense" not in first.stderr, "SmolLM2 is installed, so it comes before the demo"
     bise(home, "ask", "Define a cow.", "--model", "demo")
     assert "nonsense" in bise(home, "ask", "Define a horse.").stderr

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from runtime.answering import Answerer
 from runtime.engine import Engine
 from runtime.errors import EngineError
-from runtime.events import EngineSettings
+from runtime.events import Drawn, EngineSettings, Event, Finished, Message, Piece, Reply
+from runtime.logprobs import log_probabilities
 from runtime.native_sampling import Sampler
+from runtime.prompts import Prompter
 from runtime.sampling import MAX_SEED, NAMES, Sampling, chain, describe, setting
 from tests.checkpoints import DEMO
 
@@ -406,6 +410,74 @@ def test_nothing_left_to_draw_is_said(
 def test_a_bias_needs_a_token_that_is_there(sampler: Callable[..., Sampler]) -> None:
     with pytest.raises(EngineError, match="logit bias of token 4096: the model has 4096 tokens, 0 to 4095"):
         sampler(replace(PLAIN, logit_bias=((4096, 1.0),)))
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("n_top", [0, 1, 5, 4096, 9999])
+def test_log_probabilities_are_the_log_of_softmax(n_top: int, logits: NDArray[np.float32]) -> None:
+    row = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
+    own, top = log_probabilities(logits, 7, n_top)
+    assert own == pytest.approx(row[7], abs=1e-9)
+    order = np.argsort(-row, kind="stable")[:n_top]
+    assert [id_ for id_, _ in top] == order.tolist()
+    np.testing.assert_allclose([logprob for _, logprob in top], row[order], atol=1e-9)
+
+
+def test_of_equally_likely_tokens_the_smaller_ids_come_first() -> None:
+    own, top = log_probabilities(np.array([1, 2, 2, -np.inf, 2], np.float32), 3, 2)
+    assert own == -np.inf
+    assert [id_ for id_, _ in top] == [1, 2]
+    assert [logprob for _, logprob in top] == pytest.approx([-np.log(3 + np.exp(-1))] * 2)
+    assert log_probabilities(np.full(3, 1e30, np.float32), 0, 1)[0] == pytest.approx(-np.log(3))
+
+
+class FixedPrompt:
+    """A prompt format that knows one prompt."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        return self._ids
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_reply_tells_how_likely_each_token_was(ends: bool, engine: Engine, ids: list[int]) -> None:
+    """As the model has it, whatever the samplers do."""
+    eos = engine.vocabulary.eos
+    settings = replace(EVERYTHING, seed=3, max_tokens=20, logit_bias=((eos, -np.inf),))
+    if ends:
+        settings = replace(settings, temperature=0.0, logit_bias=((eos, 1000.0),))
+    events: list[Event] = []
+    reply = Reply((Message("user", "unread"),), settings, logprobs=3)
+    Answerer(engine, cast(Prompter, FixedPrompt(ids))).reply(reply, events.append)
+    pieces = [event for event in events if isinstance(event, Piece)]
+    drawn: list[Drawn] = [token for piece in pieces for token in piece.drawn]
+    end = events[-1]
+    assert isinstance(end, Finished)
+    assert (end.reason, end.answer_tokens, len(drawn)) == (("end", 0, 1) if ends else ("length", 20, 20))
+    text = b"".join(one.token.text for one in drawn).decode("utf-8", "replace")
+    assert text == "".join(piece.text for piece in pieces)
+    engine.read(ids, ignore)
+    for one in drawn:
+        row = engine.logits().astype(np.float64)
+        row -= np.logaddexp.reduce(row)
+        assert one.token.logprob == pytest.approx(row[one.token.id], abs=0.1)
+        assert one.likeliest[0].id == row.argmax()
+        np.testing.assert_allclose([other.logprob for other in one.likeliest], np.sort(row)[:-4:-1], atol=0.1)
+        assert one.likeliest[0].text == engine.vocabulary.piece(int(row.argmax()), special=True)
+        engine.extend(one.token.id)
+
+
+def test_without_being_asked_a_reply_tells_no_likelihoods(engine: Engine, ids: list[int]) -> None:
+    events: list[Event] = []
+    reply = Reply(
+        (Message("user", "unread"),), replace(PLAIN, max_tokens=3, logit_bias=((engine.vocabulary.eos, -np.inf),))
+    )
+    Answerer(engine, cast(Prompter, FixedPrompt(ids))).reply(reply, events.append)
+    assert all(not event.drawn and event.text for event in events if isinstance(event, Piece))
 
 
 # Settings

@@ -8,7 +8,7 @@ from tui.choose import add_model_arguments
 from tui.engine_options import add_engine_arguments, add_sampling_arguments
 
 if TYPE_CHECKING:
-    from runtime.events import Finished
+    from runtime.events import Finished, Likelihood, Piece
 
 HELP = "one answer on stdout"
 
@@ -18,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="default: the one used last, else SmolLM2, else the demo")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--stats", action="store_true", help="tokens and speed on stderr at the end")
+    parser.add_argument("--json", action="store_true", help="the answer and what is known of it, as JSON at the end")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="log-probabilities of each token and of the K likeliest; needs --json"
+    )
     parser.add_argument("--show-sampling", action="store_true", help="how tokens were drawn, with the seed, on stderr")
     add_model_arguments(parser)
     add_engine_arguments(parser)
@@ -36,6 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     question = _question(arguments.question)
     if not question.strip():
         raise EngineError('nothing to ask; write it behind `bise ask`, as in: bise ask "Why is the sky blue?"')
+    if arguments.logprobs is not None and not arguments.json:
+        raise EngineError("--logprobs are told as JSON; add --json")
+    if arguments.logprobs is not None and arguments.logprobs < 0:
+        raise EngineError(f"--logprobs {arguments.logprobs} is not a number of tokens")
     with ProgressLine("loading") as line:
         choice = choose(arguments.model, arguments.level, arguments.models, line.say)
         if choice.notice:
@@ -55,13 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
         messages.insert(0, Message("system", arguments.system))
     clean = printable if sys.stdout.isatty() else str  # an answer must not steer the terminal; a pipe gets every byte
     finished = None
+    pieces: list[Piece] = []
     try:
-        for event in session.reply(messages, sampling):
+        for event in session.reply(messages, sampling, logprobs=arguments.logprobs):
             if isinstance(event, Piece):
-                sys.stdout.write(clean(event.text))
-                sys.stdout.flush()
+                if arguments.json:
+                    pieces.append(event)
+                else:
+                    sys.stdout.write(clean(event.text))
+                    sys.stdout.flush()
             elif isinstance(event, Finished):
                 finished = event
+        if arguments.json and finished is not None:
+            sys.stdout.write(_json(pieces, finished))
         sys.stdout.write("\n")
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -102,3 +116,26 @@ def _report(finished: "Finished", *, stats: bool) -> None:
             f"{finished.tokens_per_second:.1f} tokens/s, context {finished.context_used} of {finished.n_ctx}",
             file=sys.stderr,
         )
+
+
+def _json(pieces: "list[Piece]", finished: "Finished") -> str:
+    """The answer as one JSON object; `tokens` where log-probabilities were asked for."""
+    import json
+
+    drawn = [token for piece in pieces for token in piece.drawn]
+    tokens = [{**_likelihood(d.token), "likeliest": [_likelihood(other) for other in d.likeliest]} for d in drawn]
+    whole = {
+        "answer": "".join(piece.text for piece in pieces),
+        "reason": finished.reason,
+        "prompt_tokens": finished.prompt_tokens,
+        "answer_tokens": finished.answer_tokens,
+        "sampling": finished.sampling,
+        **({"tokens": tokens} if drawn else {}),
+    }
+    return json.dumps(whole)
+
+
+def _likelihood(token: "Likelihood") -> dict[str, object]:
+    """JSON has no infinity: what cannot be is -9999, as in OpenAI's API."""
+    text = token.text.decode("utf-8", "replace")
+    return {"id": token.id, "text": text, "bytes": list(token.text), "logprob": max(token.logprob, -9999.0)}

@@ -20,7 +20,7 @@ from runtime.fitting import fitted
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings
 from runtime.native_devices import devices, register_rpc
-from runtime.native_graph import Observer, Tensor, Weights
+from runtime.native_graph import Node, Observer, Tensor
 from runtime.native_sampling import Sampler
 from runtime.sampling import MAX_SEED, Sampling, describe
 
@@ -261,12 +261,13 @@ class ScoringEngine:
         for _ in self._decode(chunks, 0):
             pass
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self) -> Mapping[str, Sequence[Tensor]]:
         """Name → weight of a `writable` model, of all that a token is computed with. Valid while this is open.
 
-        One token in a context of its own finds them, so that no Python is called while chunks are computed.
+        There are two of a tied embedding whose output lies on another device. One token in a context of its own finds
+        them, so that no Python is called while chunks are computed.
         """
-        found = Weights()
+        found = _Weights()
         settings = ContextSettings(
             n_ctx=1, n_batch=1, n_ubatch=1, n_seq_max=1, n_outputs_max=1, n_threads=1, kv_type="f16"
         )
@@ -276,7 +277,7 @@ class ScoringEngine:
             context.decode(zero, zero, zero, np.ones(1, np.int8))
         finally:
             context.close()
-        return found.found
+        return {name: tuple(tensors.values()) for name, tensors in found.by_address.items()}
 
     def abort(self) -> None:
         """Ask the running decode to end. May be called from any thread."""
@@ -300,3 +301,20 @@ class ScoringEngine:
             batch = slice(start, start + self._n_batch)
             self._context.decode(tokens[batch], positions[batch], sequences[batch], wanted[batch])
             yield int(wanted[batch].sum())
+
+
+class _Weights:
+    """An observer that finds all weights and wants nothing."""
+
+    def __init__(self) -> None:
+        self.by_address: dict[str, dict[int, Tensor]] = {}
+        """Name → address → weight."""
+
+    def wants(self, node: Node) -> bool:
+        for source in node.sources:
+            if source.is_weight:
+                self.by_address.setdefault(source.name, {})[source.address] = source
+        return False
+
+    def observe(self, node: Node) -> None:
+        raise AssertionError(f"it did not want {node.name}")

@@ -277,6 +277,7 @@ def test_what_was_measured_is_kept_and_gone_on_with(verb: Verb, tmp_path: Path) 
         ("--bits 4.5 --name Q4_K_M", "would be taken for a level"),
         ("--bits 4.5 --name a/b", "cannot end the names of files"),
         ("--bits 4.5 --types Q9_K", "'Q9_K' is not a type"),
+        ("--bits 4.5 --types Q2_K,BF16", "--types BF16 disturbs nothing"),
         ("--bits 4.5 --together 0", "0 layers make no group"),
         ("--bits 4.5 --chunks 0", "0 chunks measure nothing"),
         ("--bits 4.5 --imatrix nowhere.gguf", "nowhere.gguf: no such file"),

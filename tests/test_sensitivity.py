@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
@@ -82,7 +82,7 @@ def test_a_disturbed_model_is_the_one_whose_file_was(
 
 def test_what_is_known_is_not_measured_again_and_the_model_is_left_as_it_was(scorer: ScoringEngine) -> None:
     weights = scorer.weights()
-    before = {name: weight.read().tobytes() for name, weight in weights.items() if "blk.0" in name}
+    before = {name: weight.read().tobytes() for name, (weight,) in weights.items() if "blk.0" in name}
     disturbance = Disturbance(scorer, weights, open_source(DEMO, "Demo"), None, threads=2)
     wanted = [((name,), Q6_K) for name in ("blk.0.attn_q.weight", "blk.0.ffn_up.weight")]
     known = Measurement(("blk.0.attn_q.weight",), Q6_K, (42.0,), 1.0)
@@ -92,13 +92,13 @@ def test_what_is_known_is_not_measured_again_and_the_model_is_left_as_it_was(sco
     assert found.measurements[0] == known
     assert [m.tensors for m in found.measurements] == [names for names, _ in wanted]
     assert 0 < found.measurements[1].kld < 0.1
-    assert {name: weights[name].read().tobytes() for name in before} == before
+    assert {name: weights[name][0].read().tobytes() for name in before} == before
 
 
 def test_whatever_ends_it_the_model_is_left_as_it_was(scorer: ScoringEngine) -> None:
     weights = scorer.weights()
     name = "blk.0.ffn_down.weight"
-    before = weights[name].read().tobytes()
+    before = weights[name][0].read().tobytes()
 
     class Interrupted:
         """The engine, until the chunks are read a second time."""
@@ -110,7 +110,7 @@ def test_whatever_ends_it_the_model_is_left_as_it_was(scorer: ScoringEngine) -> 
         def logits(self, chunks: NDArray[np.int32], first: int) -> NDArray[np.float32]:
             self.n_reads += 1
             if self.n_reads > 1:
-                assert weights[name].read().tobytes() != before
+                assert weights[name][0].read().tobytes() != before
                 raise KeyboardInterrupt
             return scorer.logits(chunks, first)
 
@@ -118,7 +118,7 @@ def test_whatever_ends_it_the_model_is_left_as_it_was(scorer: ScoringEngine) -> 
     disturbance = Disturbance(Interrupted(), weights, open_source(DEMO, "Demo"), None)
     with pytest.raises(KeyboardInterrupt):
         disturbance.measure(CHUNKS[:2], [((name,), Q2_K)], NONE, kept.append)
-    assert weights[name].read().tobytes() == before
+    assert weights[name][0].read().tobytes() == before
     assert kept == []
 
 
@@ -127,6 +127,31 @@ def test_a_weight_that_the_model_lacks_is_refused(scorer: ScoringEngine) -> None
     disturbance = Disturbance(scorer, weights, open_source(DEMO, "Demo"), None)
     with pytest.raises(SensitivityError, match=r"does not compute with output\.weight"):
         disturbance.measure(CHUNKS[:1], [(("output.weight",), Q2_K)], NONE, lambda _: None)
+
+
+def test_both_copies_of_a_tied_embedding_are_disturbed(scorer: ScoringEngine) -> None:
+    """On a device of its own the output has another copy of the weights."""
+
+    @dataclass
+    class Copy:
+        type: int
+        n_bytes: int
+        written: list[bytes] = field(default_factory=list)
+
+        def read(self) -> NDArray[np.uint8]:
+            return np.zeros(self.n_bytes, np.uint8)
+
+        def write(self, data: NDArray[np.uint8]) -> None:
+            self.written.append(data.tobytes())
+
+    (weight,) = scorer.weights()["token_embd.weight"]
+    copy = Copy(weight.type, weight.n_bytes)
+    disturbance = Disturbance(scorer, {"token_embd.weight": (weight, copy)}, open_source(DEMO, "Demo"), None)
+    disturbance.measure(CHUNKS[:1], [(("token_embd.weight",), Q2_K)], NONE, lambda _: None)
+    disturbed, restored = copy.written
+    assert len(disturbed) == len(restored) == weight.n_bytes
+    assert any(disturbed)
+    assert not any(restored)
 
 
 def test_too_many_chunks_are_refused_with_both_numbers(scorer: ScoringEngine) -> None:

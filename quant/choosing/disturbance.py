@@ -71,13 +71,13 @@ class Disturbance:
     def __init__(
         self,
         scorer: Scorer,
-        weights: Mapping[str, Weight],
+        weights: Mapping[str, Sequence[Weight]],
         source: Source,
         importance: ImportanceMatrix | None,
         search: Search = Search.GGML,
         threads: int | None = None,
     ) -> None:
-        """`weights` are those of the loaded model, by name."""
+        """`weights` are those of the loaded model, by name; all that have a name hold the same."""
         self._scorer = scorer
         self._weights = weights
         self._source = source
@@ -146,10 +146,10 @@ class Disturbance:
         before: list[tuple[Weight, NDArray[np.uint8]]] = []
         try:
             for name in names:
-                weight = self._weights[name]
-                disturbed = self._made(self._specs[name], type_, weight, reader)
-                before.append((weight, weight.read()))
-                weight.write(disturbed)
+                for weight in self._weights[name]:
+                    disturbed = self._made(self._specs[name], type_, weight, reader)
+                    before.append((weight, weight.read()))
+                    weight.write(disturbed)
             return score()
         finally:
             for weight, data in before:

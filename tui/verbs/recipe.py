@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quant.source import Source
     from runtime.catalogue import Model
     from runtime.engine import ScoringEngine
+    from runtime.ggml import GgmlType
     from tui.progress import ProgressLine
 
 HELP = "choose each tensor's type for a size, by measuring"
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(describe(choice, selection.levels(), source.specs, measured=measured is not None))
     if measured is not None:
-        print(_ranks(proxy, losses))
+        print(_ranks(proxy, losses, measured[1]))
     named = choice.sized.recipe.name if arguments.out is None else path
     matrix = f" --imatrix {arguments.imatrix}" if arguments.imatrix else ""
     print(f"written: {path}; make it with `bise quantize {arguments.model} --recipe {named}{matrix}`")
@@ -158,10 +159,9 @@ def _measure(
 ) -> "tuple[Path, Sensitivity]":
     """Measurements of every matrix, those of earlier runs among them, and where they are kept."""
     from quant.choosing.disturbance import Disturbance, spread
-    from quant.choosing.sensitivity import Sensitivity, groups, load, save
+    from quant.choosing.sensitivity import Sensitivity, load, save
     from quant.importance.corpus import BUNDLED, read_texts
     from runtime import library
-    from runtime.catalogue import parse_type
     from runtime.engine import ScoringEngine
     from runtime.events import EngineSettings
     from runtime.levels import Search
@@ -169,11 +169,10 @@ def _measure(
 
     file, level = _model_file(arguments, source, line)
     texts = [text for name in (arguments.texts or BUNDLED).split(",") for text in read_texts(name)]
-    types = [parse_type(text) for text in arguments.types.split(",")]
+    wanted = _wanted(arguments, source)
     setting = _setting(arguments, source, importance, file, level, texts, line)
     path = arguments.sensitivity or library.data_folder() / "sensitivity" / setting.file_name
     known = load(path, setting) if path.exists() and not arguments.force else Sensitivity(setting)
-    wanted = [(names, type_) for names in groups(source.specs, arguments.together) for type_ in types]
     if all(known.find(names, type_) for names, type_ in wanted):
         return path, known.only(wanted)
     settings = EngineSettings(n_ctx=setting.context, n_threads=arguments.threads)
@@ -197,6 +196,25 @@ def _measure(
     finally:
         scorer.close()
     return path, known.only(wanted)
+
+
+def _wanted(arguments: argparse.Namespace, source: "Source") -> "list[tuple[tuple[str, ...], GgmlType]]":
+    """What is to be measured: which tensors together, at which types, or what their rows allow instead."""
+    from quant.choosing.sensitivity import groups
+    from quant.recipes import fitting_type
+    from runtime.catalogue import parse_type
+    from runtime.errors import CatalogueError
+
+    types = [parse_type(text) for text in arguments.types.split(",")]
+    if plain := [type_.name for type_ in types if not type_.is_quantized]:
+        raise CatalogueError(f"--types {plain[0]} disturbs nothing; name quantized types, such as Q2_K,Q6_K")
+    rows = {spec.name: spec.row_length for spec in source.specs}
+    found = [
+        (names, fitting_type(type_, rows[names[0]]))
+        for names in groups(source.specs, arguments.together)
+        for type_ in types
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _model_file(arguments: argparse.Namespace, source: "Source", line: "ProgressLine") -> tuple[Path, str]:
@@ -291,13 +309,15 @@ def _show_trying(line: "ProgressLine", state: "Trying") -> None:
     line.show(state.done / state.total, f"{rate / 1e6:,.1f} M weights/s", left, f"trying types  {state.tensor}")
 
 
-def _ranks(proxy: "Losses", measured: "Losses") -> str:
-    """How far the proxy orders the tensors as measuring does, by their losses at their smallest types."""
+def _ranks(proxy: "Losses", losses: "Losses", measured: "Sensitivity") -> str:
+    """How far the proxy orders what was measured as measuring does."""
     from quant.choosing.losses import rank_correlations
 
-    pairs = [(max(proxy[name].values()), max(its.values())) for name, its in measured.items()]
-    spearman, kendall = rank_correlations(*zip(*pairs, strict=True))
+    first = {m.tensors: m.type for m in reversed(measured.measurements)}
+    sums = [[sum(its[name][type_] for name in names) for names, type_ in first.items()] for its in (proxy, losses)]
+    spearman, kendall = rank_correlations(*sums)
+    what = "tensors" if all(len(names) == 1 for names in first) else "groups of tensors"
     return (
-        f"Without measuring (--proxy) the {len(pairs)} tensors would be ranked alike to {spearman:.2f} (Spearman), "
+        f"Without measuring (--proxy) the {len(first)} {what} would be ranked alike to {spearman:.2f} (Spearman), "
         f"{kendall:.2f} (Kendall)."
     )

@@ -8,39 +8,44 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from runtime.concessions import Room, gib, nearest, shortage
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
-from runtime.hardware import Device
+from runtime.hardware import Device, host_memory
 from runtime.levels import Shape
 from runtime.library import shards
 from runtime.native_file import Header, read_header
-from runtime.placement import KV_BYTES, Weights, Wish, largest_context, place
+from runtime.placement import KV_BYTES, Weights, Wish, place
 
 
-def fitted(path: Path, settings: EngineSettings, devices: Sequence[Device]) -> EngineSettings:
+def fitted(
+    path: Path, settings: EngineSettings, devices: Sequence[Device], *, n_seq: int = 1, n_outputs: int = 1
+) -> EngineSettings:
     """The settings with a `tensor_split` for several GPUs. Raises EngineError where the model cannot fit them.
 
-    Settings that place the layers themselves (`tensor_split`, or fewer layers than all) are left alone, and so are KV
-    types and models that placement.py does not know.
+    `n_seq` and `n_outputs` as in `Wish`. A `tensor_split` in the settings is left alone, and so are KV types and models
+    that placement.py does not know.
     """
     gpus = in_llama_order(devices)
-    if not gpus or settings.tensor_split is not None or settings.n_gpu_layers >= 0 or settings.kv_type not in KV_BYTES:
+    if not gpus or settings.tensor_split is not None or not settings.n_gpu_layers or settings.kv_type not in KV_BYTES:
         return settings
     read = read_weights(path)
     if read is None:
         return settings
     weights, shape = read
-    wish = Wish(settings.n_ctx, settings.kv_type, settings.n_ubatch)
-    free = [device.memory_free for device in gpus]
-    placement = place(weights, shape, wish, free, reserve=0)
+    wish = Wish(settings.n_ctx, settings.kv_type, settings.n_ubatch, n_seq, n_outputs)
+    n_host_layers = shape.n_layers + 1 - settings.n_gpu_layers if settings.n_gpu_layers > 0 else 0
+    n_host_layers = min(max(n_host_layers, 0), shape.n_layers)
+    free = tuple(device.memory_free for device in gpus)
+    placement = place(weights, shape, wish, free, reserve=0, n_host_layers=n_host_layers)
     if not placement.fits:
-        names = ", ".join(f"{device.name} {_gib(device.memory_free)}" for device in gpus)
-        need = sum(use.total for use in placement.uses)
-        longest = largest_context(weights, shape, wish, free, settings.n_ctx, reserve=0)
-        advice = f"at most --context {longest} fits" if longest else "take a smaller level, or --gpu-layers"
+        room = Room(free, reserve=0, host=host_memory()[0])
+        found = nearest(weights, shape, wish, room)
+        advice = "; or ".join(f"{each.change} ({each.price})" for each in found)
         raise EngineError(
-            f"{path.name} with {settings.n_ctx} tokens of {settings.kv_type} KV cache needs {_gib(need)}, free are "
-            f"{names}; {advice}"
+            f"{path.name} with {settings.n_ctx} tokens of {settings.kv_type} KV cache does not fit: "
+            f"{shortage(placement, [device.name for device in gpus])}; "
+            f"take {advice or f'a smaller level: its weights alone are {gib(weights.total)}'}"
         )
     return replace(settings, tensor_split=placement.tensor_split) if len(gpus) > 1 else settings
 
@@ -93,7 +98,3 @@ def _shape(header: Header) -> Shape | None:
         head_dim=number("attention.key_length") or n_embd // n_heads,
         n_vocab=number("vocab_size") or header.lengths.get("tokenizer.ggml.tokens", 0),
     )
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,20 @@ def test_plan_agrees_with_the_published_sizes(environment: dict[str, str]) -> No
     text = bise(environment, "plan", "mistral-large-2411", "--devices", "80GiB,80GiB", "--context", "131072").stdout
     assert "Not yet run on CUDA" in text
     assert "44+44" in text
+
+
+def test_plan_says_what_each_device_holds_and_what_fits_instead(environment: dict[str, str]) -> None:
+    arguments = ("plan", "--devices", "80GiB,80GiB", "--levels", "Q8_0", "--kv", "f16", "--slots", "2")
+    (row,) = json.loads(bise(environment, *arguments, "--json").stdout)["rows"]
+    printed = bise(environment, *arguments).stdout
+    assert row["device_bytes"] == [
+        sum(use[part] for part in ("weights", "kv", "compute", "copied")) for use in row["placement"]["uses"]
+    ]
+    assert len(row["instead"]) == 3
+    for each in row["instead"]:
+        assert re.search(rf"^  {each['change']} +{re.escape(each['price'])}$", printed, re.MULTILINE), printed
+    assert re.search(r"^device 1 +44 +[\d.]+ GiB +22\.0 GiB .* GiB short$", printed, re.MULTILINE), printed
+    assert "131,072 tokens of context for 2 sequences," in printed
 
 
 def test_plan_takes_a_folder(environment: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Laying a GGUF file over the devices: what its header says, how it is split, when it is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,22 +96,38 @@ def test_two_equal_cards_share_the_layers(demo_levels: dict[str, Path]) -> None:
 
 def test_the_users_own_placement_stands(demo_levels: dict[str, Path]) -> None:
     cards = [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB)]
-    for settings in (EngineSettings(n_ctx=512, tensor_split=(1.0, 3.0)), EngineSettings(n_ctx=512, n_gpu_layers=3)):
+    for settings in (EngineSettings(n_ctx=512, tensor_split=(1.0, 3.0)), EngineSettings(n_ctx=512, n_gpu_layers=0)):
         assert fitted(demo_levels["Q8_0"], settings, cards) is settings
 
 
-def test_what_cannot_fit_is_refused_with_the_context_that_would(demo_levels: dict[str, Path]) -> None:
-    cards = [_gpu("CUDA0", 12_000_000), _gpu("CUDA1", 12_000_000)]
+def test_the_layers_that_are_to_be_on_gpus_are_shared(demo_levels: dict[str, Path]) -> None:
+    cards = [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB)]
+    split = fitted(demo_levels["Q8_0"], EngineSettings(n_ctx=512, n_gpu_layers=5), cards)
+    assert split.n_gpu_layers == 5
+    assert split.tensor_split is not None
+    assert sum(split.tensor_split) == pytest.approx(5), "four layers and the output"
+
+
+def test_what_cannot_fit_is_refused_with_what_would(demo_levels: dict[str, Path]) -> None:
+    path, settings = demo_levels["Q4_K_M"], EngineSettings(n_ctx=2048)
+    cards = [_gpu("CUDA0", 20_000_000), _gpu("CUDA1", 20_000_000)]
     with pytest.raises(EngineError) as caught:
-        fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=2048), cards)
+        fitted(path, settings, cards)
     message = str(caught.value)
-    longest = re.search(r"at most --context (\d+) fits", message)
+    start = (
+        r"Demo-Q4_K_M\.gguf with 2048 tokens of f16 KV cache does not fit: CUDA\d would hold [\d.]+ MiB and has room"
+    )
+    assert re.match(start, message), message
+    longest, layers = re.search(r"--context (\d+) \(", message), re.search(r"--gpu-layers (\d+) \(", message)
     assert longest is not None, message
-    fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=int(longest[1])), cards)
-    with pytest.raises(EngineError):
-        fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=int(longest[1]) + 256), cards)
-    with pytest.raises(EngineError, match="take a smaller level"):
-        fitted(demo_levels["Q4_K_M"], EngineSettings(n_ctx=2048), [_gpu("CUDA0", 1000), _gpu("CUDA1", 1000)])
+    assert layers is not None, message
+    fitted(path, replace(settings, n_ctx=int(longest[1])), cards)
+    fitted(path, replace(settings, n_gpu_layers=int(layers[1])), cards)
+    for more in (replace(settings, n_ctx=int(longest[1]) + 256), replace(settings, n_gpu_layers=int(layers[1]) + 1)):
+        with pytest.raises(EngineError):
+            fitted(path, more, cards)
+    with pytest.raises(EngineError, match=r"take a smaller level: its weights alone are 5\.8 MiB"):
+        fitted(path, settings, [_gpu("CUDA0", 1000), _gpu("CUDA1", 1000)])
 
 
 def test_rpc_devices_come_first_as_llama_cpp_orders_them() -> None:

@@ -4,6 +4,9 @@ import json
 import math
 import random
 import re
+import signal
+import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 
 from quant.choosing import recipe_file
 from quant.choosing.selection import Selection, candidates, default_name
+from quant.choosing.sensitivity import load
 from quant.inputs import described_source, open_source
 from quant.plan import plan_conversion
 from quant.recipes import RecipeError, TensorSpec, tensors, types, weights_by_place
@@ -25,6 +29,7 @@ from runtime.library import find_model_file, shipped_catalogue
 from runtime.placement import Wish, place
 from tests.checkpoints import DEMO, DEMO_SHAPE
 from tests.gguf_files import SMALL, write_model
+from tests.test_cli import BISE
 from tui.cli import main
 
 GIB = 2**30
@@ -241,6 +246,17 @@ def test_a_recipe_file_is_made_and_says_what_it_is_of(verb: Verb, tmp_path: Path
     assert sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir()) == ["Mine", "Q2_K"]
 
 
+def test_what_is_to_fit_a_device_fits_it(verb: Verb, tmp_path: Path) -> None:
+    wish, device = Wish(512, "q8_0"), 14 << 20
+    fit = ("--fit", "14MiB", "--context", "512", "--kv", "q8_0", "--reserve", "0")
+    chosen = verb.chosen(*fit, "--proxy", "--out", tmp_path / "r.yaml")
+    recipe = read_recipes(tmp_path / "r.yaml")[chosen["name"]]
+    placement = place(weights_by_place(DEMO_SHAPE, recipe), DEMO_SHAPE, wish, [device], 0)
+    assert placement.fits
+    assert placement.spare < 10_000
+    assert "to fit 14MiB with 512 tokens of q8_0 KV cache" in (tmp_path / "r.yaml").read_text()
+
+
 def test_what_was_measured_is_kept_and_gone_on_with(verb: Verb, tmp_path: Path) -> None:
     """Eight layers at a time, one type, one chunk: nine measurements."""
     kept = tmp_path / "s.json"
@@ -261,6 +277,23 @@ def test_what_was_measured_is_kept_and_gone_on_with(verb: Verb, tmp_path: Path) 
     code, _, stderr = verb("--chunks", "2", *measuring)
     assert (code, stderr.count("\n")) == (1, 1), stderr
     assert "was measured with chunks 1 and this run has 2" in stderr
+
+
+def test_ctrl_c_ends_it_and_keeps_what_was_measured(demo: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "s.json"
+    command = [BISE, "recipe", "demo", "--bits", "4.5", "--models", str(demo.parent.parent), "--sensitivity", str(kept)]
+    process = subprocess.Popen(
+        [*command, "--chunks", "2", "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not kept.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, ""), stderr
+    assert "the same command goes on where this one stopped" in stderr
+    assert 0 < len(load(kept).measurements) < 116
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
 @pytest.mark.parametrize(

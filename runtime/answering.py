@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from runtime.engine import Engine
+from runtime.errors import EngineError
 from runtime.events import (
     Drawn,
     Event,
@@ -50,6 +51,8 @@ class Answerer:
 
         engine = Engine(load.path, load.settings, progress)
         try:
+            if cancelled():  # while the context was made, which tells no progress
+                raise EngineError("loading was cancelled")
             prompts = prompter(
                 load.prompt, engine.vocabulary, template=engine.chat_template(), tokenizer=load.tokenizer
             )

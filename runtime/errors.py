@@ -42,4 +42,8 @@ class EngineError(UserError):
 
 
 class WorkerDiedError(UserError):
-    """The process that held the engine ended without being asked to."""
+    """The process that held the engine ended without being asked to, by a signal of that number if any."""
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -1,7 +1,8 @@
 """What the engine's process and its owner say to each other: frozen values, picklable, without behaviour.
 
 Commands go down (`Load`, `Reply`, `Stop`, `Quit`), events come up. A load ends with `Loaded` or `Failed`; a reply ends
-with `Finished` or `Failed`. Knows nothing of how they travel (worker.py) or of what a screen makes of them.
+with `Finished` or `Failed`. `Notice` and `Silent` may come in between. Knows nothing of how they travel (worker.py) or
+of what a screen makes of them.
 """
 
 from dataclasses import dataclass, field
@@ -164,6 +165,26 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Something the user should know of, while the work goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """The engine's process lives but gives no sign of life: it is stopped, or hangs. A stop now ends the process."""
+
+    seconds: float
+    """Since its last sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The engine's process is at work. Heard by `Worker` alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A request failed; the process lives on."""
 
@@ -172,6 +193,6 @@ class Failed:
 
 
 Command = Load | Reply | Stop | Quit
-LoadEvent = LoadProgress | Loaded
-ReplyEvent = PromptProgress | Piece | Finished
-Event = LoadProgress | Loaded | PromptProgress | Piece | Finished | Failed
+LoadEvent = LoadProgress | Notice | Silent | Loaded
+ReplyEvent = PromptProgress | Piece | Notice | Silent | Finished
+Event = LoadEvent | ReplyEvent | Heartbeat | Failed

@@ -57,20 +57,20 @@ class _Log:
 
     def __init__(self) -> None:
         self.lines: deque[tuple[int, str]] = deque(maxlen=400)
-        self.on_error: Callable[[str], None] | None = None
-        """Also called with each error line, from whichever thread wrote it."""
+        self.listener: Callable[[int, str], None] | None = None
+        """Also called with each message and its ggml_log_level, from whichever thread wrote it."""
         self._callback = lib.llama_log_callback(self._write)  # a reference: the library keeps only the pointer
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _write(self, level: int, text: bytes, _: object) -> None:
         line = text.decode("utf-8", "replace")
+        if self.listener is not None:
+            self.listener(level, line)
         if level == _LEVEL_CONT and self.lines:
             last_level, last = self.lines.pop()
             self.lines.append((last_level, last + line))
         else:
             self.lines.append((level, line))
-            if level == _LEVEL_ERROR and self.on_error is not None:
-                self.on_error(line.strip())
 
     def errors(self) -> list[str]:
         """Error lines since the last `clear`, newest last, without llama.cpp's function-name prefixes."""

@@ -1,224 +1,233 @@
-"""An engine in a process of its own: `Worker` is its owner's handle, `main` what the process runs.
+"""An engine in a process of its own: its owner's handle.
 
 llama.cpp ends the process on some errors (failed assertions, most CUDA errors), so the engine never lives in the
 process that holds the screen and the conversation. Commands and events (events.py) are pickled over a socket pair that
-no other process can open. When the process dies, `receive` raises `WorkerDiedError` with the signal and its last words;
-the handle can then be started again.
+no other process can open. When the process dies, `receive` raises `WorkerDiedError` with the cause in one line; a new
+one can then be started. No process is left behind: it ends with its owner (engine_process.py), and is waited for.
 """
 
 import contextlib
 import os
 import queue
-import re
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import IO
+from time import monotonic
 
-from runtime.errors import EngineError, UserError, WorkerDiedError
-from runtime.events import Command, Event, Failed, Load, Quit, Reply, Stop
+from runtime.engine_log import EngineLog
+from runtime.errors import WorkerDiedError
+from runtime.events import Command, Event, Heartbeat, Quit, Silent
+from runtime.memory_watch import OomKills
+from runtime.obituary import Death, obituary
+
+# -P: a folder called `runtime` in the user's working directory must not be imported instead of ours.
+COMMAND = (sys.executable, "-P", "-m", "runtime.engine_process")
+
+SILENT_SECONDS = 10.0
+"""Ten heartbeats: a machine that is merely busy does not miss as many."""
 
 _QUIT_SECONDS = 3.0
-_LAST_WORDS_BYTES = 4096
+_POLL_SECONDS = 0.5
 
-_ABORT = re.compile(r"^\S*\.(?:c|cpp|cu|h):\d+: ")  # ggml_abort's prefix: the source file and line
-
-_LOGGED = "llama.cpp: "  # in front of the error lines of llama.cpp's log, in the process's stderr
-
-_CAUSES = {
-    signal.SIGKILL: "killed from outside, or the machine ran out of memory",
-    signal.SIGILL: "the wheel holds instructions this CPU does not have, or was built without Bise's flags",
-    signal.SIGABRT: "llama.cpp gave up",
-    signal.SIGSEGV: "a fault inside llama.cpp",
-}
+_Started = subprocess.Popen[bytes] | OSError
+_Jobs = queue.SimpleQueue[tuple[list[str], int, int, queue.SimpleQueue[_Started]]]
 
 
 class Worker:
-    """A process that runs `main`. `send` may be called from any thread, `receive` from one at a time."""
+    """A process that runs engine_process.py. `send` and `end` are for any thread, `receive` for one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND, *, silent_seconds: float = SILENT_SECONDS) -> None:
+        """`command` gets the number of its socket and the owner's process id as further arguments."""
+        self._silent_seconds = silent_seconds
+        self._log = EngineLog()
         ours, theirs = socket.socketpair()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         with theirs:
-            # -P: a folder called `runtime` in the user's working directory must not be imported instead of ours.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "runtime.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
-                env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # on a failed assertion ggml would start gdb
-            )
+            arguments = [*command, str(theirs.fileno()), str(os.getpid())]
+            self._process = _SPAWNER.start(arguments, theirs.fileno(), self._log.descriptor)
         self._connection = Connection(ours.detach())
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
-        self._closing = False
+        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="to the engine", daemon=True)
+        self._writer.start()
+        self._oom_kills = OomKills.seen_by(self.pid)
+        self._receiving = threading.Lock()
+        self._last_sign = monotonic()
+        self._silent = False
+        self._ended_for: str | None = None
+        self._closed = False
+        self._death: WorkerDiedError | None = None
+        self._dying = threading.Lock()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        """Hand over a command. Raises WorkerDiedError if the process has ended."""
-        with self._sending, self._whole_messages():
-            self._connection.send(command)
+        """Hand over a command, at once, also where the process is too busy to read. Raises WorkerDiedError."""
+        if not self.is_alive():
+            raise self._died()
+        self._oom_kills = OomKills.seen_by(self.pid)
+        self._outbox.put(command)
 
     def receive(self) -> Event:
-        """Wait for the next event. Raises WorkerDiedError. A KeyboardInterrupt meanwhile ends the process."""
-        with self._receiving, self._whole_messages():
-            event: Event = self._connection.recv()
-        return event
+        """Wait for the next event; `Silent` now and then where none can be expected. Raises WorkerDiedError.
+
+        A KeyboardInterrupt while it waits leaves everything as it was; within a message it ends the process.
+        """
+        with self._receiving:
+            while True:
+                if (silent := self._wait()) is not None:
+                    return silent
+                event = self._next()
+                self._last_sign, self._silent = monotonic(), False
+                if not isinstance(event, Heartbeat):
+                    return event
+
+    def is_silent(self) -> bool:
+        """Whether `receive` has heard nothing for so long that the process must be thought to hang."""
+        return self._silent
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
+    def end(self, reason: str) -> None:
+        """End the process by force; `receive` then says that it "`reason` and was ended"."""
+        self._ended_for = self._ended_for or reason
+        self._process.kill()
+
     def close(self) -> None:
         """End the process: politely, then by force. A `receive` in another thread raises WorkerDiedError."""
-        self._closing = True
-        with contextlib.suppress(WorkerDiedError):
-            self.send(Quit())
-        try:
-            self._process.wait(_QUIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        with self._sending, self._receiving:  # who waited on the other side has seen the end by now
+        if self._closed:
+            return
+        alive = self.is_alive()
+        if alive:
+            self._ended_for = ""
+            self._outbox.put(Quit())
+            try:
+                self._process.wait(0 if self._silent else _QUIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        self._outbox.put(None)
+        self._writer.join()
+        with self._receiving, self._dying:  # who waited has seen the end by now
+            self._closed = True
             self._connection.close()
-            self._stderr.close()
+            self._log.close(keep=not alive and self._ended_for is None)
+
+    def _wait(self) -> Silent | None:
+        """Wait for something to read; the process's silence where that lasts too long."""
+        waited = 0.0
+        while True:
+            began = monotonic()
+            with self._telling_deaths():
+                if self._connection.poll(_POLL_SECONDS):
+                    return None
+            if monotonic() - began < 4 * _POLL_SECONDS:  # else this process was stopped itself, perhaps both were
+                waited += _POLL_SECONDS
+            if waited >= self._silent_seconds:
+                self._silent = True
+                return Silent(monotonic() - self._last_sign)
+
+    def _next(self) -> Event:
+        try:
+            with self._telling_deaths():
+                event: Event = self._connection.recv()
+        except WorkerDiedError:
+            raise
+        except BaseException:  # KeyboardInterrupt, which Python raises between any two reads of one message
+            self.end("was interrupted")
+            raise
+        return event
 
     @contextlib.contextmanager
-    def _whole_messages(self) -> Iterator[None]:
-        """Give up the process where a message breaks off: what follows could not be told from its rest."""
+    def _telling_deaths(self) -> Iterator[None]:
         try:
             yield
         except (EOFError, OSError):
-            raise self._death() from None
-        except BaseException:  # KeyboardInterrupt, which Python raises between any two reads of one message
-            self._process.kill()
-            raise
+            raise self._died() from None
 
-    def _death(self) -> WorkerDiedError:
+    def _write(self) -> None:
+        """The writing thread: a command to a process that does not read would block."""
+        with contextlib.suppress(OSError):
+            while (command := self._outbox.get()) is not None:
+                self._connection.send(command)
+
+    def _died(self) -> WorkerDiedError:
+        """The end of the process as an error, the same each time it is asked for."""
+        with self._dying:
+            if self._death is None:
+                self._death = self._find_death()
+            return WorkerDiedError(str(self._death), self._death.signal)
+
+    def _find_death(self) -> WorkerDiedError:
+        if self._closed or self._ended_for == "":
+            return WorkerDiedError("the engine was closed")
         try:
             code = self._process.wait(_QUIT_SECONDS)
         except subprocess.TimeoutExpired:  # it closed its socket but lives: nothing more can come from it
             self._process.kill()
             code = self._process.wait()
-        if self._closing:
+        if self._ended_for == "":
             return WorkerDiedError("the engine was closed")
-        if code < 0:
-            name = signal.Signals(-code).name
-            cause = f"ended by {name}"
-            if reason := _CAUSES.get(signal.Signals(-code)):
-                cause += f" ({reason})"
-        else:
-            cause = f"ended with exit code {code}"
-        words = last_words(self._said())
-        return WorkerDiedError(
-            f"the engine's process {cause}{f': {words}' if words else ''}; it can be started again, "
-            "and `bise doctor` tests the engine"
-        )
-
-    def _said(self) -> str:
-        """The end of what the process wrote to its stderr."""
-        descriptor = self._stderr.fileno()
-        start = max(0, os.fstat(descriptor).st_size - _LAST_WORDS_BYTES)
-        return os.pread(descriptor, _LAST_WORDS_BYTES, start).decode("utf-8", "replace")
+        if self._ended_for is not None:
+            return WorkerDiedError(f"the engine's process {self._ended_for} and was ended; it can be started again")
+        death = Death(code, self._log.tail(), self._oom_kills.verdict(), self._log.path)
+        return WorkerDiedError(obituary(death), -code if code < 0 else None)
 
 
-def last_words(stderr: str) -> str:
-    """Why a process ended, in one line: llama.cpp's failed assertion, else the last line, such as a traceback's end.
+class _Spawner:
+    """Starts processes from one thread that never ends, and waits for their ends.
 
-    Where llama.cpp gives up on a device, the assertion says `CUDA error` alone; the cause stands in the log before it.
-    Other lines of the log are of errors the process survived.
+    The kernel's death signal (engine_process.py) comes when the *thread* that started a process ends, and the threads
+    that ask for workers come and go.
     """
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    for i, line in enumerate(lines):
-        if _ABORT.match(line):
-            words = _ABORT.sub("", line)
-            logged = (other.removeprefix(_LOGGED) for other in reversed(lines[:i]) if other.startswith(_LOGGED + words))
-            return next(logged, words)
-    return next((line for line in reversed(lines) if not line.startswith(_LOGGED)), "")
 
+    def __init__(self) -> None:
+        self._starting = threading.Lock()
+        self._owner: int | None = None
+        self._jobs: _Jobs
 
-class _Inbox:
-    """Commands as they arrive, read by a thread of their own so that a stop is heard during a decode."""
+    def start(self, arguments: list[str], descriptor: int, log: int) -> "subprocess.Popen[bytes]":
+        """A process that holds `descriptor` and writes to `log`. Raises OSError."""
+        with self._starting:
+            if self._owner != os.getpid():  # the first, or after a fork, which copies no threads
+                self._owner, self._jobs = os.getpid(), queue.SimpleQueue()
+                threading.Thread(target=self._run, args=(self._jobs,), name="spawner", daemon=True).start()
+        started: queue.SimpleQueue[_Started] = queue.SimpleQueue()
+        self._jobs.put((arguments, descriptor, log, started))
+        process = started.get()
+        if isinstance(process, OSError):
+            raise process
+        return process
 
-    def __init__(self, connection: Connection) -> None:
-        self.stopped = threading.Event()
-        """Set by the last command if it was a stop or a quit."""
-        self._connection = connection
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._marking = threading.Lock()
-        self._on_stop: Callable[[bool], None] | None = None
-        threading.Thread(target=self._listen, name="commands", daemon=True).start()
-
-    def hand_stops_to(self, on_stop: Callable[[bool], None] | None) -> None:
-        """Also call `on_stop(True)` for a stop, `on_stop(False)` for any other command, from the listening thread."""
-        with self._marking:
-            self._on_stop = on_stop
-            if on_stop is not None:
-                on_stop(self.stopped.is_set())
-
-    def __iter__(self) -> Iterator[Load | Reply]:
-        while not isinstance(command := self._commands.get(), Quit):
-            assert not isinstance(command, Stop)
-            yield command
-
-    def _listen(self) -> None:
+    @staticmethod
+    def _run(jobs: _Jobs) -> None:
         while True:
+            arguments, descriptor, log, started = jobs.get()
             try:
-                command: Command = self._connection.recv()
-            except (EOFError, OSError):  # the owner is gone, perhaps killed: nothing is left to do
-                os._exit(0)
-            self._mark(isinstance(command, Stop | Quit))
-            if not isinstance(command, Stop):
-                self._commands.put(command)
-
-    def _mark(self, stopped: bool) -> None:
-        """Here, and not where commands are carried out: a stop sent right behind a reply must reach that reply."""
-        with self._marking:
-            if stopped:
-                self.stopped.set()
-            else:
-                self.stopped.clear()
-            if self._on_stop is not None:
-                self._on_stop(stopped)
+                process = subprocess.Popen(
+                    arguments,
+                    pass_fds=[descriptor],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # on a failed assertion ggml would start gdb
+                )
+            except OSError as error:
+                started.put(error)
+                continue
+            threading.Thread(target=_reap, args=(process,), name="reaper", daemon=True).start()
+            started.put(process)
 
 
-def main(descriptor: int) -> None:
-    """Carry out the commands that arrive on a socket until it says quit or closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the owner decides what it means
-    connection = Connection(descriptor)
-    inbox = _Inbox(connection)
-    from runtime.answering import Answerer  # loads the shared libraries
-    from runtime.native import LOG
-
-    LOG.on_error = lambda line: print(_LOGGED + line, file=sys.stderr)  # noqa: T201 - to be its last words
-
-    answerer: Answerer | None = None
-    for command in inbox:
-        try:
-            if isinstance(command, Load):
-                if answerer is not None:
-                    inbox.hand_stops_to(None)
-                    answerer.close()
-                    answerer = None
-                answerer = Answerer.load(command, connection.send, inbox.stopped.is_set)
-                inbox.hand_stops_to(answerer.stop)
-            elif answerer is None:
-                raise EngineError("no model is loaded")
-            else:
-                answerer.reply(command, connection.send)
-        except UserError as error:
-            connection.send(Failed(str(error)))
-    if answerer is not None:
-        inbox.hand_stops_to(None)
-        answerer.close()
+_SPAWNER = _Spawner()
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+def _reap(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for a process's end, so that it is no zombie until somebody asks after it."""
+    with contextlib.suppress(ChildProcessError):  # somebody did
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.wait()

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from runtime.errors import UserError, WorkerDiedError
+from runtime.errors import EngineError, UserError, WorkerDiedError
 from runtime.events import (
     Finished,
     Loaded,
@@ -28,6 +28,7 @@ class _Script:
     holds: bool = False
     error: UserError | None = None
     context_used: int = 100
+    events: Sequence[ReplyEvent] = ()
 
 
 @dataclass
@@ -40,12 +41,15 @@ class FakeEngine:
     """Stay at half of the weights until `let_load` is called."""
     prompts: list[tuple[list[Message], Sampling]] = field(default_factory=list)
     """What was asked, one entry a reply."""
+    load_events: list[LoadEvent] = field(default_factory=list)
+    """Told by every load after half of the weights."""
     n_loads: int = 0
     closed: bool = False
 
     def __post_init__(self) -> None:
         self._scripts: queue.SimpleQueue[_Script] = queue.SimpleQueue()
         self._may_load = threading.Event()
+        self._cancelled = False
         self._stopped = threading.Event()
 
     def enqueue(
@@ -55,9 +59,13 @@ class FakeEngine:
         holds: bool = False,
         error: UserError | None = None,
         context_used: int = 100,
+        events: Sequence[ReplyEvent] = (),
     ) -> None:
-        """Answer the next reply with `pieces`; then fail with `error`, or, if it `holds`, say no more until stopped."""
-        self._scripts.put(_Script(pieces, holds, error, context_used))
+        """Answer the next reply with `events` and `pieces`; then fail with `error`.
+
+        If it `holds`, it says no more until stopped.
+        """
+        self._scripts.put(_Script(pieces, holds, error, context_used, events))
 
     def let_load(self) -> None:
         """Let a held load go on."""
@@ -66,8 +74,13 @@ class FakeEngine:
     def load(self) -> Iterator[LoadEvent]:
         self.n_loads += 1
         yield LoadProgress(0.5)
+        yield from self.load_events
         if self.holds_load:
             self._may_load.wait()
+            self._may_load.clear()
+        if self._cancelled:
+            self._cancelled = False
+            raise EngineError("loading was cancelled")
         if self.closed:
             raise WorkerDiedError("the engine was closed")
         if self.load_errors:
@@ -80,6 +93,7 @@ class FakeEngine:
         self.prompts.append((list(messages), sampling))
         script = self._scripts.get_nowait()
         yield PromptProgress(7, 7, 3)
+        yield from script.events
         for n_tokens, text in enumerate(script.pieces, start=1):
             yield Piece(text, n_tokens)
         if script.holds:
@@ -93,6 +107,9 @@ class FakeEngine:
 
     def stop(self) -> None:
         self._stopped.set()
+        if self.holds_load:
+            self._cancelled = True
+            self._may_load.set()
 
     def close(self) -> None:
         self.closed = True

@@ -13,7 +13,7 @@ from textual.widgets import Label, OptionList, Static
 from textual.widgets import Markdown as MarkdownWidget
 
 from runtime.errors import EngineError, ModelFileError, WorkerDiedError
-from runtime.events import Message, Sampling
+from runtime.events import Message, Notice, Sampling, Silent
 from tests.fakes import FakeEngine
 from tui.app import ChatApp, chat_app
 from tui.history import History, HistoryError, Turn
@@ -177,6 +177,47 @@ async def test_a_load_that_fails_says_why_and_can_be_tried_again(engine: FakeEng
         await chat.ready()
         assert chat.faults == []
     assert engine.n_loads == 3
+
+
+@pytest.mark.parametrize("key", ["escape", "ctrl+c"])
+async def test_a_load_can_be_stopped_and_begun_again(engine: FakeEngine, history: History, key: str) -> None:
+    engine.holds_load = True
+    async with running(engine, history) as chat:
+        await chat.until(lambda: "50%" in chat.seen)
+        await chat.press(key)
+        await chat.until(lambda: chat.state == "not loaded")
+        assert "loading was cancelled" in chat.faults[0]
+        engine.holds_load = False
+        await chat.press("f5")
+        await chat.ready()
+
+
+async def test_what_the_engine_tells_besides_is_shown(engine: FakeEngine, history: History) -> None:
+    engine.holds_load = True
+    engine.load_events = [Notice("Loaded [b]without[/b] repacking."), Silent(10.2)]
+    engine.enqueue(["a", "b"], holds=True, events=[Notice("Started again."), Silent(20.4)])
+    async with running(engine, history) as chat:
+        await chat.until(lambda: chat.state == "no sign of the engine for 10 s; Escape ends it")
+        assert "Loaded [b]without[/b] repacking." in chat.seen
+        engine.let_load()
+        await chat.ready()
+        await chat.paste("hello")
+        await chat.press("enter")
+        await chat.until(lambda: chat.state == "answering" and chat.turns == ["hello", "ab"])
+        assert "Started again." in chat.seen
+        await chat.press("escape")
+        await chat.ready()
+
+
+async def test_silence_in_mid_answer_is_shown(engine: FakeEngine, history: History) -> None:
+    engine.enqueue([], holds=True, events=[Silent(20.4)])
+    async with running(engine, history) as chat:
+        await chat.ready()
+        await chat.paste("hello")
+        await chat.press("enter")
+        await chat.until(lambda: chat.state == "no sign of the engine for 20 s; Escape ends it")
+        await chat.press("escape")
+        await chat.ready()
 
 
 # Asking and answering

@@ -34,7 +34,7 @@ def _children(parent: int) -> list[Path]:
 
 def _is_engine(process: Path) -> bool:
     try:
-        return b"runtime.worker" in (process / "cmdline").read_bytes()
+        return b"runtime.engine_process" in (process / "cmdline").read_bytes()
     except OSError:
         return False
 

@@ -1,10 +1,7 @@
-"""The engine's process: its deaths and what is said of them, its owner's death, stops that come early."""
+"""The engine's process: commands and events, stops that come early, an ordinary end. Deaths: test_engine_deaths.py."""
 
 import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +10,7 @@ import pytest
 
 from runtime.errors import WorkerDiedError
 from runtime.events import EngineSettings, Event, Failed, Finished, Load, Loaded, Message, Reply, Sampling, Stop
-from runtime.worker import Worker, last_words
+from runtime.worker import Worker
 from tests.checkpoints import DEMO
 from tests.rpc import rpc_servers
 
@@ -103,29 +100,6 @@ def test_a_stop_that_finds_nothing_to_stop_does_not_cancel_the_next_load(loaded:
     assert isinstance(list(events(loaded))[-1], Loaded)
 
 
-@pytest.mark.parametrize(
-    ("number", "cause"),
-    [
-        (signal.SIGKILL, "SIGKILL (killed from outside, or the machine ran out of memory)"),
-        (signal.SIGILL, "SIGILL (the wheel holds instructions this CPU does not have, or was built without"),
-        (signal.SIGSEGV, "SIGSEGV (a fault inside llama.cpp)"),
-        (signal.SIGTERM, "SIGTERM;"),
-    ],
-)
-def test_a_death_is_told_with_its_signal(number: signal.Signals, cause: str, worker: Worker) -> None:
-    worker.send(Reply(()))
-    assert isinstance(worker.receive(), Failed)
-    os.kill(worker.pid, number)
-    for _ in range(2):  # asked again, it says the same
-        with pytest.raises(WorkerDiedError) as error:
-            worker.receive()
-        assert str(error.value).startswith(f"the engine's process ended by {cause}")
-        assert str(error.value).endswith("; it can be started again, and `bise doctor` tests the engine")
-    with pytest.raises(WorkerDiedError, match=number.name):
-        worker.send(Stop())
-    assert not worker.is_alive()
-
-
 def test_a_bug_is_told_with_the_end_of_its_traceback(loaded: Worker) -> None:
     loaded.send("not a command")  # type: ignore[arg-type]
     with pytest.raises(WorkerDiedError, match="ended with exit code 1: AttributeError: 'str' object has no attribute"):
@@ -145,47 +119,14 @@ def test_a_failed_assertion_of_llama_cpp_is_told_in_its_words(worker: Worker, de
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("stderr", "words"),
-    [
-        ("", ""),
-        ("llama.cpp: error loading model: no file\n", ""),
-        ("Traceback:\nValueError: bad\nllama.cpp: later\n", "ValueError: bad"),
-        ("noise\n/a/ggml.c:7: GGML_ASSERT(a == b) failed\nnoise\n", "GGML_ASSERT(a == b) failed"),
-        ("llama.cpp: unrelated\n/a/ggml-cuda.cu:98: CUDA error\n", "CUDA error"),
-        (
-            "llama.cpp: CUDA error: out of memory\nllama.cpp: current device: 0\n/a/ggml-cuda.cu:98: CUDA error\n",
-            "CUDA error: out of memory",
-        ),
-    ],
-)
-def test_last_words(stderr: str, words: str) -> None:
-    assert last_words(stderr) == words
-
-
-def test_errors_the_process_survived_are_not_its_last_words(worker: Worker, tmp_path: Path) -> None:
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(b"GGUF" + bytes(100))
-    worker.send(load(path))
-    assert isinstance(worker.receive(), Failed)
-    assert "llama.cpp: gguf_init" in worker._said()
-    os.kill(worker.pid, signal.SIGTERM)
-    with pytest.raises(WorkerDiedError, match="ended by SIGTERM; it can be started again"):
-        worker.receive()
-
-
-def test_an_interrupt_while_waiting_ends_the_process(loaded: Worker) -> None:
-    """It may come between the two reads of one message; waiting on would then take the rest for a length, for ever."""
-    loaded.send(Reply((Message("user", "Define a horse."),), Sampling(temperature=0)))
-    while not isinstance(loaded.receive(), Finished):
-        pass
+def test_an_interrupt_while_waiting_leaves_the_process_as_it_was(loaded: Worker) -> None:
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         loaded.receive()
     timer.join()
-    with pytest.raises(WorkerDiedError, match="SIGKILL"):
-        loaded.receive()
+    loaded.send(Reply((Message("user", "Define a horse."),), Sampling(temperature=0)))
+    assert isinstance(list(events(loaded))[-1], Finished)
 
 
 def test_closing_wakes_who_waits(worker: Worker) -> None:
@@ -209,44 +150,6 @@ def test_a_process_that_does_not_listen_is_ended_by_force(worker: Worker) -> Non
     os.kill(worker.pid, signal.SIGSTOP)
     worker.close()
     assert not worker.is_alive()
-
-
-_OWNER = """
-import json, sys
-from pathlib import Path
-from runtime.events import *
-from runtime.worker import Worker
-worker = Worker()
-model, tokenizer, answers = sys.argv[1:]
-worker.send(Load(Path(model), EngineSettings(n_ctx=2048, n_threads=1), "mistral-v3", Path(tokenizer)))
-while not isinstance(worker.receive(), Loaded):
-    pass
-if answers == "answering":
-    worker.send(Reply((Message("user", "Define a horse."), Message("assistant", "a")), Sampling(temperature=2, seed=3)))
-    while not isinstance(worker.receive(), Piece):
-        pass
-print(worker.pid, flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("state", ["idle", "answering"])
-def test_the_process_ends_with_its_owner(state: str, demo: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-P", "-c", _OWNER, str(demo), str(DEMO / "tokenizer.model"), state],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with owner:
-        assert owner.stdout is not None
-        pid = int(owner.stdout.readline())
-        descriptor = os.pidfd_open(pid)
-        try:
-            owner.kill()
-            ended, _, _ = select.select([descriptor], [], [], 30)
-        finally:
-            os.close(descriptor)
-    assert ended, f"process {pid} lives on without its owner"
 
 
 def test_a_folder_called_runtime_where_the_user_works_is_left_alone(

@@ -26,21 +26,26 @@ class Talker(Protocol):
     """Loads a model and answers conversations."""
 
     def load(self) -> Iterator[LoadEvent]:
-        """Load the model: `LoadProgress`…, then `Loaded`. Called again after the engine died, starts a new one.
+        """Load the model: `LoadProgress`…, then `Loaded`; a `Notice` or `Silent` may come before.
+
+        Called again after the engine died, starts a new one.
 
         Raises `UserError`; no model is loaded then.
         """
         ...
 
     def reply(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ReplyEvent]:
-        """Answer the last message: `PromptProgress`…, `Piece`…, then `Finished`.
+        """Answer the last message: `PromptProgress`…, `Piece`…, then `Finished`. `Notice` and `Silent` as in `load`.
 
         Raises `UserError`. After a `WorkerDiedError` the model must be loaded again, after others it need not.
         """
         ...
 
     def stop(self) -> None:
-        """End the reply in progress, which then ends with `Finished("stopped")`. Returns at once; for any thread."""
+        """End the reply in progress, which then ends with `Finished("stopped")`, or the load, with an error.
+
+        Returns at once; for any thread.
+        """
         ...
 
     def close(self) -> None:

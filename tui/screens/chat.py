@@ -5,7 +5,6 @@ which post what they give; the history is used from the screen's own thread alon
 """
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import ClassVar
 
 from rich.text import Text
@@ -17,11 +16,12 @@ from textual.timer import Timer
 from textual.widgets import Footer, Markdown
 
 from runtime.errors import UserError, WorkerDiedError
-from runtime.events import Finished, Loaded, LoadProgress, Piece, PromptProgress, Sampling
+from runtime.events import Finished, Loaded, LoadProgress, Notice, Piece, PromptProgress, Sampling, Silent
 from tui.history import History, Turn
 from tui.screens.conversations import ConversationsScreen
 from tui.screens.keys import KeysScreen
 from tui.screens.live import UNSAVED, LiveAnswer
+from tui.screens.states import NOT_NOW, RELOAD, State, silence
 from tui.screens.system_prompt import SystemPromptScreen
 from tui.screens.threads import LoadNews, ReplyNews, TalkerThreads
 from tui.talker import Speaker, Talker, messages_for
@@ -31,30 +31,10 @@ from tui.widgets.printable import one_line, printable
 from tui.widgets.transcript import WINDOW, Transcript
 from tui.widgets.turns import AnswerTurn
 
-RELOAD = "F5 loads the model again"
 PAINT_SECONDS = 0.04
 """A growing answer is painted at most this often."""
 SAVE_SECONDS = 2.0
 """A growing answer is saved this often; what came after the last time is all that a killed program loses."""
-
-
-class State(Enum):
-    """What the talker is doing, in the word the title line shows."""
-
-    LOADING = "loading"
-    READY = "ready"
-    ANSWERING = "answering"
-    STOPPING = "stopping"
-    DOWN = "not loaded"
-
-
-_NOT_NOW = {
-    State.LOADING: "The model is still loading.",
-    State.ANSWERING: "Escape stops the answer first.",
-    State.STOPPING: "The answer is being stopped.",
-    State.DOWN: f"{RELOAD}.",
-}
-"""Why a message cannot be sent."""
 
 
 class ChatScreen(Screen[None]):
@@ -110,6 +90,8 @@ class ChatScreen(Screen[None]):
         self._saver: Timer
         self._painter: Timer | None = None
         self._state = State.DOWN
+        self._silent = False
+        """The title says that the engine gives no sign of life."""
         self._n_ctx: int | None = None
 
     def compose(self) -> ComposeResult:
@@ -150,7 +132,7 @@ class ChatScreen(Screen[None]):
         answering = self._live is not None
         match action:
             case "stop":
-                return self._state is State.ANSWERING or self._editing
+                return self._state in (State.ANSWERING, State.LOADING) or self._editing
             case "new" | "conversations" | "system" | "preset":
                 return not answering
             case "again":
@@ -178,7 +160,12 @@ class ChatScreen(Screen[None]):
         progress = self.query_one(ProgressLine)
         match news.event:
             case LoadProgress(fraction):
+                self._enter(self._state)
                 progress.show("Loading the model", fraction, f"{fraction:4.0%}")
+            case Notice(text):
+                await self.query_one(Transcript).add_notice(text)
+            case Silent(seconds):
+                self._enter(self._state, silence(seconds))
             case Loaded() as loaded:
                 progress.hide()
                 await self.query_one(Transcript).remove_faults()
@@ -197,7 +184,7 @@ class ChatScreen(Screen[None]):
         composer, transcript = self.query_one(Composer), self.query_one(Transcript)
         if self._state is not State.READY:
             composer.restore(sent.text)
-            self._hint(_NOT_NOW[self._state])
+            self._hint(NOT_NOW[self._state])
             return
         try:
             if self._conversation is None:
@@ -235,11 +222,17 @@ class ChatScreen(Screen[None]):
             case PromptProgress(done, total, reused):
                 self._enter(self._state, f"reading {done:,}/{total:,} tokens, {reused:,} reused")
             case Piece() as piece:
-                if live.n_tokens == 0:
+                if live.n_tokens == 0 or self._silent:
+                    self._silent = False
                     self._enter(self._state)
                 live.hear(piece)
                 if self._painter is None:
                     self._painter = self.set_timer(PAINT_SECONDS, self._paint)
+            case Notice(text):
+                await self.query_one(Transcript).add_notice(text)
+            case Silent(seconds):
+                self._silent = True
+                self._enter(self._state, silence(seconds))
             case Finished() as finished:
                 live.end(finished)
                 await self._finish(live)
@@ -282,15 +275,15 @@ class ChatScreen(Screen[None]):
     # What the keys do
 
     async def action_stop(self) -> None:
-        """Stop the answer; else give up editing."""
-        if self._live is not None:
+        """Stop the answer or the load; else give up editing."""
+        if self._live is not None or self._state is State.LOADING:
             self._enter(State.STOPPING)
             self._talker.stop()
         elif self._editing:
             await self._show(self._conversation)
 
     async def action_interrupt(self) -> None:
-        if self._live is not None:
+        if self._live is not None or self._state is State.LOADING:
             await self.action_stop()
         elif text := self.query_one(Composer).selected_text or self.get_selected_text():
             self._copy(text)

@@ -12,7 +12,7 @@ from textual.widgets import Label, Static
 _KEYS: Final = (
     ("Enter", "send the message"),
     ("Ctrl+J", "new line; Shift+Enter too, if the terminal has it"),
-    ("Escape, Ctrl+C", "stop the answer and keep what was said"),
+    ("Escape, Ctrl+C", "stop the answer and keep what was said, or stop the load"),
     ("Ctrl+R", "answer the last message again"),
     ("Ctrl+E", "edit the last message, from an empty input"),
     ("Ctrl+Y", "copy the last answer"),

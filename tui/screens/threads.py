@@ -7,7 +7,7 @@ from textual.message import Message as Posted
 from textual.screen import Screen
 
 from runtime.errors import UserError
-from runtime.events import Finished, LoadEvent, Message, ReplyEvent, Sampling
+from runtime.events import Finished, Loaded, LoadEvent, Message, ReplyEvent, Sampling
 from tui.talker import Talker
 
 
@@ -35,6 +35,7 @@ class TalkerThreads:
 
     def load(self) -> None:
         """Load the model; the last news is `Loaded` or an error."""
+        self._stopping = False
         self._screen.run_worker(self._load, thread=True)
 
     def reply(self, messages: Sequence[Message], sampling: Sampling) -> None:
@@ -43,13 +44,16 @@ class TalkerThreads:
         self._screen.run_worker(lambda: self._reply(messages, sampling), thread=True)
 
     def stop(self) -> None:
-        """End the reply early."""
+        """End the reply or the load early."""
         self._stopping = True
         self._talker.stop()
 
     def _load(self) -> None:
         try:
             for event in self._talker.load():
+                if self._stopping and not isinstance(event, Loaded):
+                    # A stop that came before the engine had started had no effect; one that hangs has to be told twice.
+                    self._talker.stop()
                 self._screen.post_message(LoadNews(event))
         except UserError as error:
             self._screen.post_message(LoadNews(error))

@@ -8,7 +8,7 @@ from tui.choose import add_model_arguments
 from tui.engine_options import add_engine_arguments, add_sampling_arguments
 
 if TYPE_CHECKING:
-    from runtime.events import Finished, Likelihood, Piece
+    from runtime.events import Finished, Likelihood, Notice, Piece, Silent
 
 HELP = "one answer on stdout"
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from runtime.errors import EngineError
-    from runtime.events import Finished, LoadProgress, Message, Piece
+    from runtime.events import Finished, LoadProgress, Message, Notice, Piece, Silent
     from runtime.session import Session
     from tui.choose import choose, remember
     from tui.engine_options import engine_settings, presets
@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             for load_event in session.load():
                 if isinstance(load_event, LoadProgress):
                     line.show(load_event.fraction)
+                elif isinstance(load_event, Notice | Silent):
+                    line.say(_said(load_event))
         except BaseException:
             session.close()
             raise
@@ -74,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
                     sys.stdout.flush()
             elif isinstance(event, Finished):
                 finished = event
+            elif isinstance(event, Notice | Silent):
+                print(_said(event), file=sys.stderr)
         if arguments.json and finished is not None:
             sys.stdout.write(_json(pieces, finished))
         sys.stdout.write("\n")
@@ -105,6 +109,14 @@ def _has_input() -> bool:
 
     mode = os.fstat(sys.stdin.fileno()).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _said(event: "Notice | Silent") -> str:
+    from runtime.events import Notice
+
+    if isinstance(event, Notice):
+        return f"bise: {event.text}"
+    return f"bise: no sign of the engine for {event.seconds:.0f} s; Ctrl-C ends it"
 
 
 def _report(finished: "Finished", *, stats: bool) -> None:

@@ -63,6 +63,9 @@ class Transcript(VerticalScroll, can_focus=False):
         self.anchor()
         return widget
 
+    async def add_notice(self, text: str) -> None:
+        await self._column.mount(Notice(text))
+
     async def add_fault(self, text: str, remedy: str | None = None) -> None:
         await self._column.mount(Fault(text, remedy))
 

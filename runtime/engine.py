@@ -47,10 +47,27 @@ def open_model(
     progress: Callable[[float], bool] | None = None,
     *,
     writable: bool = False,
+    n_seq: int = 1,
+    n_outputs: int = 1,
 ) -> Model:
-    """Load a GGUF file over the devices that are here, RPC servers too. Errors as in `native.Model` and `fitted`."""
+    """Load a GGUF file over the devices that are here, RPC servers too. Errors as in `native.Model` and `fitted`.
+
+    `n_seq` and `n_outputs` are what its context will have, which takes memory.
+    """
     register_rpc(settings.rpc_servers)
-    return Model(path, survivable(fitted(path, settings, devices())), progress, writable=writable)
+    placed = fitted(path, settings, devices(), n_seq=n_seq, n_outputs=n_outputs)
+    return Model(path, survivable(placed), progress, writable=writable)
+
+
+def n_threads(settings: EngineSettings, model: Model) -> int:
+    """What the settings say; else every core, or one where all layers are on GPUs.
+
+    The processor then only looks up embeddings, and threads that wait for each other would take cores for nothing.
+    """
+    if settings.n_threads is not None:
+        return settings.n_threads
+    all_there = settings.n_gpu_layers < 0 or settings.n_gpu_layers > model.info().n_layers
+    return 1 if all_there and any(device.kind == "gpu" for device in devices()) else n_cores()
 
 
 class Engine:
@@ -68,7 +85,7 @@ class Engine:
                     n_ubatch=min(settings.n_ubatch, n_batch),
                     n_seq_max=1,
                     n_outputs_max=1,
-                    n_threads=settings.n_threads or n_cores(),
+                    n_threads=n_threads(settings, self._model),
                     kv_type=settings.kv_type,
                 ),
             )
@@ -204,7 +221,14 @@ class ScoringEngine:
         self.n_seq = max(1, settings.n_batch // settings.n_ctx)
         n_cells = self.n_seq * settings.n_ctx
         self._n_batch = min(settings.n_batch, n_cells)
-        self._model = open_model(path, replace(settings, n_ctx=n_cells), progress, writable=writable)
+        self._model = open_model(
+            path,
+            replace(settings, n_ctx=n_cells),
+            progress,
+            writable=writable,
+            n_seq=self.n_seq,
+            n_outputs=self._n_batch,
+        )
         try:
             self._context = Context(
                 self._model,
@@ -214,7 +238,7 @@ class ScoringEngine:
                     n_ubatch=min(settings.n_ubatch, self._n_batch),
                     n_seq_max=self.n_seq,
                     n_outputs_max=0,
-                    n_threads=settings.n_threads or n_cores(),
+                    n_threads=n_threads(settings, self._model),
                     kv_type=settings.kv_type,
                 ),
                 observer,

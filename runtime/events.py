@@ -42,7 +42,11 @@ class EngineSettings:
     n_gpu_layers: int = -1
     """Layers off the CPU; -1 is all, 0 none."""
     tensor_split: tuple[float, ...] | None = None
-    """Share of the layers per device; None leaves it to llama.cpp."""
+    """Share of the layers per device; None levels the fill of the devices (fitting.py)."""
+    split_mode: str = "layer"
+    """Over several GPUs: `layer`, whole layers to each; `tensor`, of every tensor a part to each (experimental)."""
+    main_gpu: int | None = None
+    """The one GPU that holds the whole model, in the order of fitting.py; None is all of them."""
     rpc_servers: tuple[str, ...] = ()
     """host:port of llama.cpp RPC devices. The protocol has no authentication."""
     use_extra_bufts: bool = True

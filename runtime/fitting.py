@@ -1,7 +1,7 @@
 """A GGUF file and the devices that are here → settings that lay it over them evenly, or a refusal with numbers.
 
-Reads headers only; placement.py does the arithmetic. With no GPU nothing is changed. The
-split runs here on llama.cpp RPC devices; it has not yet run on CUDA.
+Reads headers only; placement.py does the arithmetic. With no GPU nothing is changed. The split runs here on llama.cpp
+RPC devices; it has not yet run on CUDA.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from runtime.hardware import Device, host_memory
 from runtime.levels import Shape
 from runtime.library import shards
 from runtime.native_file import Header, read_header
-from runtime.placement import KV_BYTES, Weights, Wish, place
+from runtime.placement import KV_BYTES, Split, Weights, Wish, check_tensor_split, place
 
 
 def fitted(
@@ -23,19 +23,25 @@ def fitted(
 ) -> EngineSettings:
     """The settings with a `tensor_split` for several GPUs. Raises EngineError where the model cannot fit them.
 
-    `n_seq` and `n_outputs` as in `Wish`. A `tensor_split` in the settings is left alone, and so are KV types and models
-    that placement.py does not know.
+    `n_seq` and `n_outputs` as in `Wish`. A `tensor_split` in the settings is left alone, but for what llama.cpp cannot
+    do; so are KV types and models that placement.py does not know.
     """
-    gpus = in_llama_order(devices)
-    if not gpus or settings.tensor_split is not None or not settings.n_gpu_layers or settings.kv_type not in KV_BYTES:
+    gpus = _chosen(settings, devices)
+    if not gpus or not settings.n_gpu_layers:
         return settings
-    read = read_weights(path)
+    kv_type = "f16" if settings.kv_type == "bf16" else settings.kv_type  # of the same size
+    read = read_weights(path) if kv_type in KV_BYTES else None
     if read is None:
         return settings
     weights, shape = read
-    wish = Wish(settings.n_ctx, settings.kv_type, settings.n_ubatch, n_seq, n_outputs)
+    split: Split = "tensor" if settings.split_mode == "tensor" else "layer"
+    wish = Wish(settings.n_ctx, kv_type, settings.n_ubatch, n_seq, n_outputs, split)
     n_host_layers = shape.n_layers + 1 - settings.n_gpu_layers if settings.n_gpu_layers > 0 else 0
     n_host_layers = min(max(n_host_layers, 0), shape.n_layers)
+    if settings.tensor_split is not None:
+        if split == "tensor":
+            check_tensor_split(shape, wish, settings.tensor_split, n_host_layers)
+        return settings
     free = tuple(device.memory_free for device in gpus)
     placement = place(weights, shape, wish, free, reserve=0, n_host_layers=n_host_layers)
     if not placement.fits:
@@ -48,6 +54,31 @@ def fitted(
             f"take {advice or f'a smaller level: its weights alone are {gib(weights.total)}'}"
         )
     return replace(settings, tensor_split=placement.tensor_split) if len(gpus) > 1 else settings
+
+
+def _chosen(settings: EngineSettings, devices: Sequence[Device]) -> list[Device]:
+    """The GPUs that the settings ask for. Raises EngineError where there are none such."""
+    gpus = in_llama_order(devices)
+    names = ", ".join(device.name for device in gpus) or "no GPU"
+    if settings.split_mode not in ("layer", "tensor"):
+        raise EngineError(f"--split-mode {settings.split_mode} is not known; take layer or tensor")
+    if settings.split_mode == "tensor":
+        if not gpus:
+            raise EngineError("--split-mode tensor splits over GPUs, and there are none; take --split-mode layer")
+        # llama.cpp's order is another one here: that of ggml's registry (src/llama.cpp, llama_prepare_model_devices)
+        gpus = [device for device in devices if device.kind == "gpu"]
+    if settings.tensor_split is not None and gpus:
+        shares = settings.tensor_split
+        if len(shares) != len(gpus) or min(shares) < 0 or not sum(shares) > 0:
+            told = ",".join(f"{share:g}" for share in shares)
+            raise EngineError(f"--tensor-split {told} must give each of the {len(gpus)} devices a share: {names}")
+    if settings.main_gpu is None:
+        return gpus
+    if settings.split_mode == "tensor" or settings.tensor_split is not None:
+        raise EngineError("--main-gpu puts the whole model on one device; leave out --split-mode and --tensor-split")
+    if not 0 <= settings.main_gpu < len(gpus):
+        raise EngineError(f"--main-gpu {settings.main_gpu} is none of the devices, which count from 0: {names}")
+    return [gpus[settings.main_gpu]]
 
 
 def in_llama_order(devices: Sequence[Device]) -> list[Device]:

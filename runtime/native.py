@@ -37,6 +37,9 @@ _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONT = 3, 4, 5  # ggml.h, enum ggml_log_level
 
 _STRUCTURE_BYTES = {"llama_model_params": 80, "llama_context_params": 160, "llama_model_quantize_params": 64}
 
+_SPLIT_MODES = {"layer": 1, "tensor": 3}  # llama.h, enum llama_split_mode
+_SPLIT_MODE_NONE = 0
+
 _LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode: no mapping of the file
 _VOCAB_SPM = 1
 _ATTR_USER_DEFINED = 1 << 4
@@ -209,6 +212,9 @@ class Model:
         check_gguf(path)
         params = lib.llama_model_default_params()
         params.n_gpu_layers = settings.n_gpu_layers
+        params.split_mode = _SPLIT_MODES[settings.split_mode]
+        if settings.main_gpu is not None:
+            params.split_mode, params.main_gpu = _SPLIT_MODE_NONE, settings.main_gpu
         params.use_extra_bufts = settings.use_extra_bufts and not writable
         if writable:
             params.load_mode = _LOAD_MODE_NONE

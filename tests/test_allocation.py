@@ -3,6 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,19 @@ def test_the_demo_takes_the_memory_that_was_planned(n_devices: int, demo: Path, 
     assert read[1] == DEMO_SHAPE
     plans = [place(*read, wish, [ROOM] * n_devices) for wish in WISHES]
     assert max(gaps(demo, servers[:n_devices], plans, DEMO_SHAPE.n_embd)) < 64
+
+
+@pytest.mark.parametrize("n_devices", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_parts_of_tensors_take_the_memory_that_was_planned(
+    n_devices: int, middle: Path, servers: tuple[str, ...]
+) -> None:
+    weights = weights_by_place(MIDDLE, "Q4_K_M")
+    plans = [
+        place(weights, MIDDLE, replace(wish, split="tensor"), [ROOM] * n_devices)
+        for wish in WISHES
+        if wish.kv_type == "f16"
+    ]
+    settings = EngineSettings(n_ctx=512, tensor_split=plans[0].tensor_split, split_mode="tensor", use_extra_bufts=False)
+    every = apart(allocated, middle, servers[:n_devices], settings, [plan.wish for plan in plans])
+    for plan, found in zip(plans, every, strict=True):
+        gap(plan, found, MIDDLE.n_embd)

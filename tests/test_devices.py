@@ -95,6 +95,37 @@ def test_layers_are_spread_over_devices_evenly(demo: Path, servers: tuple[str, .
     assert logits == pytest.approx(expected, abs=0.1)
 
 
+def test_the_main_gpu_holds_the_whole_model(demo: Path, servers: tuple[str, ...]) -> None:
+    found, _ = apart(loaded, demo, replace(SETTINGS, rpc_servers=servers[:2], main_gpu=1))
+    assert found == ["RPC1"] * 9
+
+
+def test_parts_of_tensors_on_two_devices_compute_the_same(demo: Path, servers: tuple[str, ...]) -> None:
+    _, expected = apart(loaded, demo, SETTINGS)
+    found, logits = apart(loaded, demo, replace(SETTINGS, rpc_servers=servers[:2], split_mode="tensor"))
+    assert len(set(found)) == 1, "llama.cpp calls both together one device"
+    assert logits == pytest.approx(expected, abs=0.1)
+
+
+def threads(path: Path, servers: tuple[str, ...]) -> list[int]:
+    """Threads by default, with every layer on a device, with some, and with none."""
+    from runtime.engine import n_cores, n_threads, open_model
+
+    chosen = []
+    for n_gpu_layers in (-1, 9, 8, 0):
+        settings = EngineSettings(n_ctx=256, rpc_servers=servers, n_gpu_layers=n_gpu_layers)
+        model = open_model(path, settings)
+        chosen.append(n_threads(settings, model))
+        assert n_threads(replace(settings, n_threads=7), model) == 7
+        model.close()
+    return [*chosen, n_cores()]
+
+
+def test_one_thread_serves_where_every_layer_is_on_a_device(demo: Path, servers: tuple[str, ...]) -> None:
+    every, counted, some, none, cores = apart(threads, demo, servers[:1])
+    assert (every, counted, some, none) == (1, 1, cores, cores)
+
+
 @pytest.mark.parametrize(
     ("server", "message"),
     [

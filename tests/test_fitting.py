@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,55 @@ def test_what_cannot_fit_is_refused_with_what_would(demo_levels: dict[str, Path]
             fitted(path, more, cards)
     with pytest.raises(EngineError, match=r"take a smaller level: its weights alone are 5\.8 MiB"):
         fitted(path, settings, [_gpu("CUDA0", 1000), _gpu("CUDA1", 1000)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split_mode": "row"}, "--split-mode row is not known; take layer or tensor"),
+        ({"split_mode": "tensor", "kv_type": "q8_0"}, "--split-mode tensor needs a KV cache that is not quantized"),
+        ({"split_mode": "tensor", "n_gpu_layers": 5}, "--split-mode tensor needs all layers on the GPUs"),
+        ({"split_mode": "tensor", "tensor_split": (1.0, 3.0)}, "2 heads over 2 devices leave one without"),
+        (
+            {"tensor_split": (1.0, 2.0, 3.0)},
+            "--tensor-split 1,2,3 must give each of the 2 devices a share: CUDA0, CUDA1",
+        ),
+        ({"tensor_split": (0.0, 0.0)}, "--tensor-split 0,0 must give each"),
+        ({"main_gpu": 2}, "--main-gpu 2 is none of the devices, which count from 0: CUDA0, CUDA1"),
+        ({"main_gpu": 0, "split_mode": "tensor"}, "leave out --split-mode and --tensor-split"),
+        ({"main_gpu": 0, "tensor_split": (1.0, 1.0)}, "leave out --split-mode and --tensor-split"),
+    ],
+)
+def test_what_cannot_be_split_so_is_refused_before_loading(
+    settings: dict[str, Any], message: str, demo_levels: dict[str, Path]
+) -> None:
+    cards = [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB)]
+    with pytest.raises(EngineError, match=re.escape(message)):
+        fitted(demo_levels["Q8_0"], EngineSettings(n_ctx=512, **settings), cards)
+
+
+def test_without_a_gpu_there_is_nothing_to_choose(demo_levels: dict[str, Path]) -> None:
+    path = demo_levels["Q8_0"]
+    with pytest.raises(EngineError, match="--split-mode tensor splits over GPUs, and there are none"):
+        fitted(path, EngineSettings(n_ctx=512, split_mode="tensor"), [])
+    with pytest.raises(EngineError, match="--main-gpu 0 is none of the devices, which count from 0: no GPU"):
+        fitted(path, EngineSettings(n_ctx=512, main_gpu=0), [])
+
+
+def test_the_main_gpu_alone_must_hold_the_model(demo_levels: dict[str, Path]) -> None:
+    cards = [_gpu("CUDA0", 1000), _gpu("CUDA1", GIB)]
+    settings = EngineSettings(n_ctx=512, main_gpu=1)
+    assert fitted(demo_levels["Q8_0"], settings, cards) is settings
+    with pytest.raises(EngineError, match="CUDA0 would hold"):
+        fitted(demo_levels["Q8_0"], replace(settings, main_gpu=0), cards)
+
+
+def test_parts_of_tensors_are_as_large_as_the_memory(demo_levels: dict[str, Path]) -> None:
+    settings = EngineSettings(n_ctx=512, split_mode="tensor", kv_type="bf16")
+    cards = [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB), _gpu("RPC0", 2 * GIB)]
+    with pytest.raises(EngineError, match="2 heads over 3 devices"):
+        fitted(demo_levels["Q8_0"], settings, cards)
+    assert fitted(demo_levels["Q8_0"], settings, cards[:2]).tensor_split == (GIB, GIB)
 
 
 def test_rpc_devices_come_first_as_llama_cpp_orders_them() -> None:

@@ -60,6 +60,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
 
 
+def test_a_setting_that_came_later_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    save(RESULTS, path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("split_mode", "main_gpu"):
+        del data["settings"][name]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert load(path) == RESULTS
+
+
 def test_a_row_is_found_by_level_and_text() -> None:
     assert RESULTS.row("BF16", "prose") is BASE_ROW
     assert RESULTS.row("BF16", "code") is None
@@ -77,8 +87,8 @@ def test_the_form_is_that_of_its_schema(tmp_path: Path) -> None:
         *("schema", "model", "base", "settings", "max_chunks", "environment", "runs", "models", "texts", "results")
     ]
     assert list(data["settings"]) == [
-        *("n_ctx", "n_batch", "n_ubatch", "n_threads", "kv_type", "n_gpu_layers", "tensor_split", "rpc_servers"),
-        "use_extra_bufts",
+        *("n_ctx", "n_batch", "n_ubatch", "n_threads", "kv_type", "n_gpu_layers", "tensor_split", "split_mode"),
+        *("main_gpu", "rpc_servers", "use_extra_bufts"),
     ]
     assert list(data["environment"]) == [
         *("bise", "llama_cpp_python", "llama_cpp", "system_info", "python", "numpy", "platform", "cpu", "devices")

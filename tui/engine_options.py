@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from math import inf
 
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
@@ -47,7 +48,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
         "--kv", default="f16", metavar="TYPE", help="KV cache type: f16, bf16, q8_0 or q4_0 (default: f16)"
     )
     group.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPUs (default: all)")
-    group.add_argument("--threads", type=int, metavar="N", help="default: every core")
+    group.add_argument(
+        "--split-mode",
+        default="layer",
+        choices=("layer", "tensor"),
+        help="over several GPUs: whole layers (default), or a part of every tensor, which is experimental",
+    )
+    group.add_argument("--tensor-split", metavar="A,B,…", help="shares of the GPUs (default: by free memory and bytes)")
+    group.add_argument("--main-gpu", type=int, metavar="N", help="the whole model on this GPU, counted from 0")
+    group.add_argument("--ubatch", type=int, default=512, metavar="TOKENS", help="computed at once (default: 512)")
+    group.add_argument("--threads", type=int, metavar="N", help="default: every core, or 1 if all layers are on GPUs")
     group.add_argument(
         "--rpc",
         default="",
@@ -85,13 +95,33 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
         raise EngineError(f"--context {n_ctx} is not a number of tokens")
     if arguments.threads is not None and arguments.threads < 1:
         raise EngineError(f"--threads {arguments.threads} is not a number of threads")
+    if arguments.ubatch < 1:
+        raise EngineError(f"--ubatch {arguments.ubatch} is not a number of tokens; 512 is usual")
     return EngineSettings(
         n_ctx=n_ctx,
+        n_batch=max(2048, arguments.ubatch),
+        n_ubatch=arguments.ubatch,
+        split_mode=arguments.split_mode,
+        tensor_split=_shares(arguments.tensor_split),
+        main_gpu=arguments.main_gpu,
         kv_type=arguments.kv,
         n_gpu_layers=arguments.gpu_layers,
         n_threads=arguments.threads,
         rpc_servers=tuple(server for server in arguments.rpc.split(",") if server),
     )
+
+
+def _shares(text: str | None) -> tuple[float, ...] | None:
+    """`1,3` → shares. Raises EngineError."""
+    if text is None:
+        return None
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= share < inf for share in shares):
+        raise EngineError(f"--tensor-split {text} is not a list of shares; write one for each GPU, such as 1,3")
+    return shares
 
 
 def presets(arguments: argparse.Namespace, file: ModelFile) -> dict[str, Sampling]:

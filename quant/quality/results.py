@@ -12,7 +12,7 @@ import platform
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +225,10 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         return None if data is None else _value(arguments[0], data, where)
     if is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        _expect(isinstance(data, dict) and data.keys() == hints.keys(), where, f"the keys {', '.join(hints)}")
-        return kind(**{f.name: _value(hints[f.name], data[f.name], f"{f.name} of {where}") for f in fields(kind)})
+        needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+        right = isinstance(data, dict) and needed <= data.keys() <= hints.keys()
+        _expect(right, where, f"the keys {', '.join(hints)}")  # a setting that came later has its default
+        return kind(**{name: _value(hints[name], each, f"{name} of {where}") for name, each in data.items()})
     if origin is tuple:
         _expect(isinstance(data, list), where, "a list")
         return tuple(_value(arguments[0], item, f"item {i} of {where}") for i, item in enumerate(data))

@@ -1,0 +1,45 @@
+"""What the engine's options on the command line become, and which are refused."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import EngineError
+from runtime.events import EngineSettings
+from runtime.library import ModelFile
+from tui.engine_options import add_engine_arguments, engine_settings
+
+FILE = ModelFile(Path("a.gguf"), "a.gguf", "A", None, None, {})
+
+
+def settings(*arguments: str) -> EngineSettings:
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    return engine_settings(parser.parse_args(arguments), FILE)
+
+
+def test_what_is_not_given_is_the_engines_default() -> None:
+    assert settings() == EngineSettings(n_ctx=FILE.context)
+
+
+def test_what_is_given_arrives() -> None:
+    given = settings("--context", "512", "--tensor-split", "1,2.5", "--split-mode", "tensor", "--ubatch", "4096")
+    assert given == EngineSettings(n_ctx=512, tensor_split=(1.0, 2.5), split_mode="tensor", n_ubatch=4096, n_batch=4096)
+    assert settings("--main-gpu", "1", "--gpu-layers", "3").main_gpu == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--tensor-split", "1,x", "--tensor-split 1,x is not a list of shares; write one for each GPU, such as 1,3"),
+        ("--tensor-split", "1,-1", "--tensor-split 1,-1 is not a list of shares"),
+        ("--tensor-split", "nan", "--tensor-split nan is not a list of shares"),
+        ("--ubatch", "0", "--ubatch 0 is not a number of tokens"),
+        ("--threads", "0", "--threads 0 is not a number of threads"),
+        ("--context", "0", "--context 0 is not a number of tokens"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(option: str, value: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        settings(f"{option}={value}")

@@ -23,8 +23,11 @@ from runtime.events import (
     Reply,
     StopReason,
 )
+from runtime.library import file_bytes
 from runtime.logprobs import log_probabilities
+from runtime.memory_watch import resident_bytes
 from runtime.native_context import AbortedError
+from runtime.pace import Pace
 from runtime.prompts import Prompter, prompter
 
 Emit = Callable[[Event], None]
@@ -41,14 +44,18 @@ class Answerer:
         """Open the model, emitting progress and `Loaded`. Raises UserError; `cancelled` ends the load with one."""
         started = time.monotonic()
         last = -1.0
+        pace: Pace | None = None  # the first call comes when the headers are read and the weights begin
 
         def progress(fraction: float) -> bool:
-            nonlocal last
+            nonlocal last, pace
+            if pace is None:
+                pace = Pace(n_bytes, fraction * n_bytes)
             if fraction - last >= 0.01 or fraction == 1:
                 last = fraction
-                emit(LoadProgress(fraction))
+                emit(LoadProgress(fraction, *pace.at(fraction * n_bytes)))
             return not cancelled()
 
+        n_bytes = file_bytes(load.path) if load.path.is_file() else 0
         engine = Engine(load.path, load.settings, progress)
         try:
             if cancelled():  # while the context was made, which tells no progress
@@ -75,22 +82,24 @@ class Answerer:
 
     def reply(self, reply: Reply, emit: Emit) -> None:
         """Answer, emitting progress, pieces and `Finished`. Raises UserError; what was read stays in the KV cache."""
-        ids = self._prompts.encode(reply.messages)
         started = time.monotonic()
+        ids = self._prompts.encode(reply.messages)
         reused = 0
+        pace: Pace | None = None
 
         def progress(done: int, total: int, kept: int) -> None:
-            nonlocal reused
+            nonlocal reused, pace
             reused = kept
-            emit(PromptProgress(done, total, kept))
+            pace = pace or Pace(total, done)
+            emit(PromptProgress(done, total, kept, *pace.at(done)))
 
         reason: StopReason = "stopped"
-        n_answer, sampling = 0, ""
+        n_answer, sampling, first = 0, "", None
         try:
             self._engine.read(ids, progress)
             answering = time.monotonic()
             sampling = self._engine.start_sampling(reply.sampling)
-            reason, n_answer = self._draw(reply, emit)
+            reason, n_answer, first = self._draw(reply, emit)
         except AbortedError:  # while the prompt was read
             answering = time.monotonic()
         emit(
@@ -104,11 +113,14 @@ class Answerer:
                 context_used=self._engine.context_used,
                 n_ctx=self._engine.n_ctx,
                 sampling=sampling,
+                first_token_seconds=first - started if first is not None else None,
+                memory_bytes=resident_bytes(),
+                gpu_bytes=self._engine.gpu_bytes(),
             )
         )
 
-    def _draw(self, reply: Reply, emit: Emit) -> tuple[StopReason, int]:
-        """Draw tokens until the answer ends; why it did, and how many there were."""
+    def _draw(self, reply: Reply, emit: Emit) -> tuple[StopReason, int, float | None]:
+        """Draw tokens until the answer ends; why it did, how many there were, and when the first was drawn."""
         engine, vocabulary = self._engine, self._engine.vocabulary
         # SentencePiece writes the space before the first word into its token; an answer does not begin with a space.
         last = reply.messages[-1]
@@ -118,8 +130,10 @@ class Answerer:
         reason: StopReason | None = None
         n_answer = 0
         drawn: list[Drawn] = []  # since the last piece
+        first: float | None = None
         while reason is None:
             token = engine.next()
+            first = first or time.monotonic()
             ends = vocabulary.ends_answer(token)
             piece = b"" if ends else vocabulary.piece(token, strip_space=strip_first and n_answer == 0)
             if reply.logprobs is not None:
@@ -143,7 +157,7 @@ class Answerer:
         rest = decoder.decode(b"", final=True)
         if rest or drawn:
             emit(Piece(rest, n_answer, tuple(drawn)))
-        return reason, n_answer
+        return reason, n_answer, first
 
     def _likelihoods(self, token: int, piece: bytes, n_top: int) -> Drawn:
         """How likely the token was that was just drawn; `piece` is what it adds to the answer."""

@@ -7,6 +7,7 @@ as llama-perplexity batches them. Only `abort` may be called from another thread
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from runtime.native_context import AbortedError, Context, ContextSettings
 from runtime.native_devices import devices, register_rpc
 from runtime.native_graph import Node, Observer, Tensor
 from runtime.native_sampling import Sampler
+from runtime.pace import Stride
 from runtime.sampling import MAX_SEED, Sampling, describe
 
 
@@ -76,13 +78,14 @@ class Engine:
     def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
         self._model = open_model(path, settings, progress)
         n_batch = min(settings.n_batch, settings.n_ctx)
+        n_ubatch = min(settings.n_ubatch, n_batch)
         try:
             self._context = Context(
                 self._model,
                 ContextSettings(
                     n_ctx=settings.n_ctx,
                     n_batch=n_batch,
-                    n_ubatch=min(settings.n_ubatch, n_batch),
+                    n_ubatch=n_ubatch,
                     n_seq_max=1,
                     n_outputs_max=1,
                     n_threads=n_threads(settings, self._model),
@@ -93,7 +96,7 @@ class Engine:
             self._model.close()
             raise
         self.n_ctx = settings.n_ctx
-        self._n_batch = n_batch
+        self._stride = Stride(n_ubatch, n_batch)
         self._cached: list[int] = []  # the ids whose K and V the cache holds, in order
         self._sampler: Sampler | None = None
 
@@ -112,12 +115,18 @@ class Engine:
     def chat_template(self) -> str | None:
         return self._model.chat_template()
 
+    @staticmethod
+    def gpu_bytes() -> int | None:
+        """What is in use on all GPUs, by whatever program; None where there is none."""
+        used = [device.memory_total - device.memory_free for device in devices() if device.kind == "gpu"]
+        return sum(used) if used else None
+
     def read(self, ids: Sequence[int], on_progress: Callable[[int, int, int], None]) -> int:
         """Bring the KV cache to exactly `ids` and return how many of them it already held.
 
         The common prefix is kept and the rest decoded. The last id is always decoded, since its logits are wanted.
-        `on_progress(done, total, reused)` is called after each batch. Raises AbortedError (what was read is kept),
-        EngineError when the prompt leaves no room for an answer.
+        `on_progress(done, total, reused)` is called every second or so, and after each batch. Raises AbortedError (what
+        was read is kept, to the ubatch), EngineError when the prompt leaves no room for an answer.
         """
         if not ids:
             raise EngineError("the prompt is empty; write something")
@@ -131,14 +140,16 @@ class Engine:
             if old != new:
                 break
             reused += 1
-        if reused < len(self._cached):
+        if reused < self._context.length(0):  # which may be more than was credited, after a decode that failed
             if not self._context.forget(0, reused):
                 self._context.clear()
                 reused = 0
             del self._cached[reused:]
         on_progress(reused, len(ids), reused)
-        for start in range(reused, len(ids), self._n_batch):
-            self._decode(ids[start : start + self._n_batch])
+        while len(self._cached) < len(ids):
+            began = time.monotonic()
+            self._decode(ids[len(self._cached) :][: self._stride.tokens])
+            self._stride.took(time.monotonic() - began)
             on_progress(len(self._cached), len(ids), reused)
         return reused
 

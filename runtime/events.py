@@ -91,6 +91,9 @@ class LoadProgress:
     """The share of the weights loaded, 0 to 1."""
 
     fraction: float
+    bytes_per_second: float | None = None
+    """None while it is too early to tell, as `seconds_left`."""
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,9 @@ class PromptProgress:
     done: int
     total: int
     reused: int
+    tokens_per_second: float | None = None
+    """None while it is too early to tell, as `seconds_left`."""
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +167,18 @@ class Finished:
     n_ctx: int
     sampling: str = ""
     """How the tokens were drawn, in words, with the seed that repeats it."""
+    first_token_seconds: float | None = None
+    """From the question's arrival to the first token drawn; None where there was none."""
+    memory_bytes: int | None = None
+    """What the engine's process holds in the host's memory, weights mapped from the file included."""
+    gpu_bytes: int | None = None
+    """What is in use on all GPUs, by whatever program; None without one."""
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Speed of reading what was not reused."""
+        n_read = self.prompt_tokens - self.reused_tokens
+        return n_read / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float:

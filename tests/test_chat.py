@@ -13,7 +13,7 @@ from textual.widgets import Label, OptionList, Static
 from textual.widgets import Markdown as MarkdownWidget
 
 from runtime.errors import EngineError, ModelFileError, WorkerDiedError
-from runtime.events import Message, Notice, Sampling, Silent
+from runtime.events import LoadProgress, Message, Notice, PromptProgress, Sampling, Silent
 from tests.fakes import FakeEngine
 from tui.app import ChatApp, chat_app
 from tui.history import History, HistoryError, Turn
@@ -177,6 +177,21 @@ async def test_a_load_that_fails_says_why_and_can_be_tried_again(engine: FakeEng
         await chat.ready()
         assert chat.faults == []
     assert engine.n_loads == 3
+
+
+async def test_rates_and_times_left_are_shown(engine: FakeEngine, history: History) -> None:
+    engine.holds_load = True
+    engine.load_events = [LoadProgress(0.25, 1.5e9, 75.2)]
+    engine.enqueue([], holds=True, events=[PromptProgress(512, 2048, 3, 120.4, 12.7)])
+    async with running(engine, history) as chat:
+        await chat.until(lambda: "25%  1.5 GB/s  1:15 left" in chat.seen)
+        engine.let_load()
+        await chat.ready()
+        await chat.paste("hello")
+        await chat.press("enter")
+        await chat.until(lambda: chat.state == "reading 512/2,048 tokens, 3 reused, 120/s, 0:13 left")
+        await chat.press("escape")
+        await chat.ready()
 
 
 @pytest.mark.parametrize("key", ["escape", "ctrl+c"])

@@ -178,6 +178,12 @@ def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Pa
     assert "".join(token["text"] for token in told["tokens"]) == told["answer"]
     assert all(len(token["likeliest"]) == 2 and token["logprob"] <= 0 for token in told["tokens"])
     assert "nonsense" not in first.stderr, "SmolLM2 is installed, so it comes before the demo"
+    assert re.search(
+        r"^\d+ prompt tokens \(0 reused\), [\d.]+ tokens/s, first token after [\d.]+ s, 3 answer tokens, "
+        r"[\d.]+ tokens/s, context \d+ of \d+, memory [\d.]+ MiB$",
+        first.stderr,
+        re.MULTILINE,
+    )
     bise(home, "ask", "Define a cow.", "--model", "demo")
     assert "nonsense" in bise(home, "ask", "Define a horse.").stderr
 

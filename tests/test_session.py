@@ -29,6 +29,7 @@ from runtime.events import (
     ReplyEvent,
     Sampling,
 )
+from runtime.memory_watch import resident_bytes
 from runtime.prompts import Prompter
 from runtime.session import Session
 from tests.checkpoints import DEMO
@@ -92,6 +93,7 @@ def ask(session: Session, *messages: Message, sampling: Sampling = GREEDY) -> li
 
 def test_a_load_tells_its_progress_and_what_was_loaded(opened: Callable[..., Session], demo: Path) -> None:
     *progress, last = opened().load()
+    assert all((event.bytes_per_second or 1) > 0 for event in progress if isinstance(event, LoadProgress))
     shares = [event.fraction for event in progress if isinstance(event, LoadProgress)]
     assert len(shares) == len(progress)
     assert shares == sorted(shares)
@@ -122,6 +124,14 @@ def test_a_reply_tells_the_prompt_then_the_pieces_then_the_end(session: Session)
     assert end.context_used == end.prompt_tokens + 11  # the last token drawn is never decoded
     assert end.tokens_per_second > 0
     assert all(event.text for event in pieces if isinstance(event, Piece))
+    assert end.first_token_seconds is not None
+    assert end.prompt_seconds <= end.first_token_seconds <= end.prompt_seconds + end.answer_seconds
+    assert end.prompt_tokens_per_second == (end.prompt_tokens - end.reused_tokens) / end.prompt_seconds
+    memory = resident_bytes(pid_of(session))
+    assert end.memory_bytes is not None
+    assert memory is not None
+    assert abs(end.memory_bytes - memory) < 8 << 20
+    assert end.gpu_bytes is None
 
 
 def test_the_model_ends_an_answer_by_itself(session: Session) -> None:
@@ -219,6 +229,9 @@ class SpeltModel:
 
     def extend(self, token: int) -> None:
         self._next = token + 1
+
+    def gpu_bytes(self) -> None:
+        """There is no GPU."""
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         return [1]

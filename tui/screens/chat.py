@@ -21,7 +21,7 @@ from tui.history import History, Turn
 from tui.screens.conversations import ConversationsScreen
 from tui.screens.keys import KeysScreen
 from tui.screens.live import UNSAVED, LiveAnswer
-from tui.screens.states import NOT_NOW, RELOAD, State, silence
+from tui.screens.states import NOT_NOW, RELOAD, State, load_figures, prompt_figures, silence
 from tui.screens.system_prompt import SystemPromptScreen
 from tui.screens.threads import LoadNews, ReplyNews, TalkerThreads
 from tui.talker import Speaker, Talker, messages_for
@@ -159,9 +159,9 @@ class ChatScreen(Screen[None]):
     async def on_load_news(self, news: LoadNews) -> None:
         progress = self.query_one(ProgressLine)
         match news.event:
-            case LoadProgress(fraction):
+            case LoadProgress(fraction) as loading:
                 self._enter(self._state)
-                progress.show("Loading the model", fraction, f"{fraction:4.0%}")
+                progress.show("Loading the model", fraction, load_figures(loading))
             case Notice(text):
                 await self.query_one(Transcript).add_notice(text)
             case Silent(seconds):
@@ -219,8 +219,8 @@ class ChatScreen(Screen[None]):
         live = self._live
         assert live is not None  # it ends with the thread's last event
         match news.event:
-            case PromptProgress(done, total, reused):
-                self._enter(self._state, f"reading {done:,}/{total:,} tokens, {reused:,} reused")
+            case PromptProgress() as reading:
+                self._enter(self._state, prompt_figures(reading))
             case Piece() as piece:
                 if live.n_tokens == 0 or self._silent:
                     self._silent = False
@@ -237,7 +237,9 @@ class ChatScreen(Screen[None]):
                 live.end(finished)
                 await self._finish(live)
                 self._enter(State.READY)
-                self.query_one(StatusLine).show_context(finished.context_used, finished.n_ctx)
+                status = self.query_one(StatusLine)
+                status.show_answer(live.n_tokens, live.tokens_per_second, finished.first_token_seconds)
+                status.show_context(finished.context_used, finished.n_ctx)
             case UserError() as error:
                 await self._finish(live)
                 died = isinstance(error, WorkerDiedError)

@@ -2,6 +2,9 @@
 
 from enum import Enum
 
+from runtime.events import LoadProgress, PromptProgress
+from tui.units import duration, gigabytes
+
 RELOAD = "F5 loads the model again"
 
 
@@ -27,3 +30,20 @@ NOT_NOW = {
 def silence(seconds: float) -> str:
     """Where the engine gives no sign of life."""
     return f"no sign of the engine for {seconds:.0f} s; Escape ends it"
+
+
+def load_figures(progress: LoadProgress) -> str:
+    """Share, rate and time left of a load."""
+    rate = f"{gigabytes(progress.bytes_per_second)}/s" if progress.bytes_per_second is not None else ""
+    return "  ".join(filter(None, [f"{progress.fraction:4.0%}", rate, _left(progress.seconds_left)]))
+
+
+def prompt_figures(progress: PromptProgress) -> str:
+    """How far the prompt is read."""
+    rate = f"{progress.tokens_per_second:,.0f}/s" if progress.tokens_per_second is not None else ""
+    read = f"reading {progress.done:,}/{progress.total:,} tokens"
+    return ", ".join(filter(None, [read, f"{progress.reused:,} reused", rate, _left(progress.seconds_left)]))
+
+
+def _left(seconds: float | None) -> str:
+    return f"{duration(seconds)} left" if seconds is not None else ""

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tui.choose import choose, remember
     from tui.engine_options import engine_settings, presets
     from tui.progress import ProgressLine
+    from tui.units import gigabytes
     from tui.widgets.printable import printable
 
     question = _question(arguments.question)
@@ -53,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             for load_event in session.load():
                 if isinstance(load_event, LoadProgress):
-                    line.show(load_event.fraction)
+                    rate = load_event.bytes_per_second
+                    speed = f"{gigabytes(rate)}/s" if rate is not None else ""
+                    line.show(load_event.fraction, speed, load_event.seconds_left)
                 elif isinstance(load_event, Notice | Silent):
                     line.say(_said(load_event))
         except BaseException:
@@ -123,11 +126,25 @@ def _report(finished: "Finished", *, stats: bool) -> None:
     if finished.reason == "context":
         print(f"bise: stopped, the context of {finished.n_ctx} tokens is full; raise --context", file=sys.stderr)
     if stats:
-        print(
-            f"{finished.prompt_tokens} prompt tokens, {finished.answer_tokens} answer tokens, "
-            f"{finished.tokens_per_second:.1f} tokens/s, context {finished.context_used} of {finished.n_ctx}",
-            file=sys.stderr,
-        )
+        print(", ".join(_figures(finished)), file=sys.stderr)
+
+
+def _figures(finished: "Finished") -> list[str]:
+    from tui.units import gib
+
+    figures = [
+        f"{finished.prompt_tokens} prompt tokens ({finished.reused_tokens} reused), "
+        f"{finished.prompt_tokens_per_second:.1f} tokens/s",
+        f"{finished.answer_tokens} answer tokens, {finished.tokens_per_second:.1f} tokens/s",
+        f"context {finished.context_used} of {finished.n_ctx}",
+    ]
+    if finished.first_token_seconds is not None:
+        figures.insert(1, f"first token after {finished.first_token_seconds:.2f} s")
+    if finished.memory_bytes is not None:
+        figures.append(f"memory {gib(finished.memory_bytes)}")
+    if finished.gpu_bytes is not None:
+        figures.append(f"in use on GPUs {gib(finished.gpu_bytes)}")
+    return figures
 
 
 def _json(pieces: "list[Piece]", finished: "Finished") -> str:
@@ -140,7 +157,13 @@ def _json(pieces: "list[Piece]", finished: "Finished") -> str:
         "answer": "".join(piece.text for piece in pieces),
         "reason": finished.reason,
         "prompt_tokens": finished.prompt_tokens,
+        "reused_tokens": finished.reused_tokens,
         "answer_tokens": finished.answer_tokens,
+        "prompt_seconds": finished.prompt_seconds,
+        "answer_seconds": finished.answer_seconds,
+        "first_token_seconds": finished.first_token_seconds,
+        "memory_bytes": finished.memory_bytes,
+        "gpu_bytes": finished.gpu_bytes,
         "sampling": finished.sampling,
         **({"tokens": tokens} if drawn else {}),
     }

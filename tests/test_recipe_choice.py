@@ -260,7 +260,10 @@ def test_what_is_to_fit_a_device_fits_it(verb: Verb, tmp_path: Path) -> None:
 def test_what_was_measured_is_kept_and_gone_on_with(verb: Verb, tmp_path: Path) -> None:
     """Eight layers at a time, one type, one chunk: nine measurements."""
     kept = tmp_path / "s.json"
-    measuring = ("--bits", "4.5", "--sensitivity", kept, "--together", "8", "--types", "Q3_K")
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    measuring = ["--bits", "4.5", "--search", "ggml", "--sensitivity", kept, "--texts", text]
+    measuring += ["--together", "8", "--types", "Q3_K"]
     first = verb.chosen("--out", tmp_path / "a.yaml", "--chunks", "1", *measuring)
     lines = kept.read_text().splitlines()
     rows = [line for line in lines if '"klds"' in line]

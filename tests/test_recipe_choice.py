@@ -262,7 +262,7 @@ def test_what_was_measured_is_kept_and_gone_on_with(verb: Verb, tmp_path: Path) 
     kept = tmp_path / "s.json"
     text = tmp_path / "text.txt"
     text.write_text((DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    measuring = ["--bits", "4.5", "--search", "ggml", "--sensitivity", kept, "--texts", text]
+    measuring: list[str | Path] = ["--bits", "4.5", "--search", "ggml", "--sensitivity", kept, "--texts", text]
     measuring += ["--together", "8", "--types", "Q3_K"]
     first = verb.chosen("--out", tmp_path / "a.yaml", "--chunks", "1", *measuring)
     lines = kept.read_text().splitlines()

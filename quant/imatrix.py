@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BYTES = 1 << 28
-"""Of a matrix file. That of Mistral Large 2 has 36 MB, that of Llama 3.1 405B 77 MB."""
+"""Of a matrix file. That of Mistral Large 2 has 36 MB, that of Llama 3.1 405B 77 MB; with means twice as much."""
 
 MAX_TEXT_BYTES = 127
 """llama.cpp hands texts of its command line to the metadata in 128 bytes, with a zero at the end."""
@@ -43,6 +43,8 @@ class ImportanceMatrix:
     """Chunks of these texts; 0 where the file does not say."""
     sha256: str
     """Of the file, as hexadecimal digits."""
+    means: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict, compare=False, repr=False)
+    """As `values`, of either sign, for those whose means the file has: none in a file of llama.cpp."""
 
     def of(self, spec: TensorSpec) -> "NDArray[np.float32] | None":
         """The importance of each column of a tensor, (row_length,), or None where it is made without.
@@ -51,6 +53,13 @@ class ImportanceMatrix:
         """
         values = None if spec.is_vector else self.values.get(spec.name)
         return None if values is None or values.size != spec.row_length else values
+
+    def mean_of(self, spec: TensorSpec) -> "NDArray[np.float32] | None":
+        """The mean of what each column of a tensor is multiplied with, (row_length,), where the file has it.
+
+        None also where `of` is. A mean's square exceeds what `of` says of the column by rounding at most.
+        """
+        return None if self.of(spec) is None else self.means.get(spec.name)
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
@@ -70,9 +79,9 @@ def read_contents(path: Path) -> tuple[Contents, str]:
 
 def importance_matrix(path: Path, contents: Contents, sha256: str) -> ImportanceMatrix:
     """What a file says that quantizing needs."""
-    for values in contents.values.values():
+    for values in (*contents.values.values(), *contents.means.values()):
         values.flags.writeable = False
-    return ImportanceMatrix(path, contents.values, contents.datasets, contents.n_chunks, sha256)
+    return ImportanceMatrix(path, contents.values, contents.datasets, contents.n_chunks, sha256, contents.means)
 
 
 def _read(path: Path) -> bytes:

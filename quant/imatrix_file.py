@@ -5,13 +5,16 @@ before anything is made of it, and a fault is an ImatrixError. What llama-quanti
 values, except where it reads on without a word: sizes that do not divide, values that are negative, names that stand
 twice. Knows nothing of models.
 
+A third tensor a weight, `NAME.in_sum`, holds plain sums beside those of squares, for means. llama.cpp's loader passes
+over it; its pull request 14891 proposes it under the same name, in the same shape and place.
+
 Source: common/imatrix-loader.cpp, `load_imatrix` of tools/quantize/quantize.cpp, and `save_imatrix` of
 tools/imatrix/imatrix.cpp of llama.cpp, commit 0c1e57098.
 """
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +34,13 @@ MAX_ENTRIES = 1 << 16
 MAX_COUNT = 1 << 63
 """Tokens; llama.cpp's counts have 64 bits."""
 
-SUMS, COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS, TOTALS = ".in_sum2", ".counts", ".in_sum"
+SLACK = 0.01
+"""What rounding may add to a ratio that is 1 at most: of a constant, added up in float32 200,000 times."""
+
+LEAST_NORMAL = 2.0**-126
+"""Of float32. Smaller squares are less exact, or 0."""
+
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
 
@@ -47,6 +56,15 @@ class Sum:
     """(n, row_length); n is 1, or the number of experts."""
     counts: "NDArray[np.int64]"
     """(n,): how many rows were added. In a `.dat` file, how many chunks of them."""
+    totals: "NDArray[np.float64] | None" = None
+    """(n, row_length), plain sums; None where they are not known, as of files of llama.cpp."""
+
+    def __add__(self, other: "Sum") -> "Sum":
+        """Both together, of one shape. Totals that one of them lacks are lost."""
+        totals = None
+        if self.totals is not None and other.totals is not None:
+            totals = self.totals + other.totals
+        return Sum(self.squares + other.squares, self.counts + other.counts, totals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +78,19 @@ class Contents:
     n_chunks: int
     """Chunks of these texts; 0 where the file does not say."""
     sums: dict[str, Sum]
-    """What `values` are the means of."""
+    """What `values` and `means` are the means of."""
     chunk_size: int
     """Tokens in a chunk; 0 for a `.dat` file, which does not say."""
     metadata: Metadata
     """All that the file says besides; empty for a `.dat` file."""
+    means: "dict[str, NDArray[np.float32]]" = field(default_factory=dict)
+    """Tensor name → mean of what each column is multiplied with, (row_length,), where the file has totals."""
 
 
 def serialize(
     sums: Mapping[str, Sum], datasets: Sequence[str], n_chunks: int, chunk_size: int, notes: Metadata
 ) -> bytes:
-    """A file as llama-imatrix writes it, with `notes` behind its own keys."""
+    """A file as llama-imatrix writes it, with `notes` behind its own keys, and totals where they are known."""
     import numpy as np
 
     metadata = {
@@ -83,8 +103,10 @@ def serialize(
     tensors: list[TensorSpec] = []
     parts: list[bytes] = []
     for name in sorted(sums):
-        squares, counts = sums[name].squares, sums[name].counts[:, None]
-        for suffix, values in ((SUMS, squares), (COUNTS, counts)):
+        added = sums[name]
+        for suffix, values in ((SUMS, added.squares), (COUNTS, added.counts[:, None]), (TOTALS, added.totals)):
+            if values is None:
+                continue
             shape = values.shape if len(values) > 1 else values.shape[1:]  # ggml drops a dimension of 1
             tensors.append(TensorSpec(name + suffix, shape))
             data = np.ascontiguousarray(values, "<f4").tobytes()
@@ -124,7 +146,7 @@ def _parse_gguf(path: Path, data: bytes) -> Contents:
     datasets = _key(header, DATASETS)
     texts = datasets.data if isinstance(datasets.data, tuple) and datasets.type is ValueType.STRING else ()
     n_chunks, chunk_size = _number(header, CHUNK_COUNT), _number(header, CHUNK_SIZE)
-    values, sums = _means(header, data)
+    values, means, sums = _means(header, data)
     return Contents(
         values=values,
         datasets=tuple(str(text).partition("\0")[0] for text in texts),  # llama.cpp's strings end there
@@ -132,6 +154,7 @@ def _parse_gguf(path: Path, data: bytes) -> Contents:
         sums=sums,
         chunk_size=chunk_size,
         metadata=header.metadata,
+        means=means,
     )
 
 
@@ -148,17 +171,25 @@ def _number(header: GgufHeader, key: str) -> int:
     return value.data
 
 
-def _means(header: GgufHeader, data: bytes) -> "tuple[dict[str, NDArray[np.float32]], dict[str, Sum]]":
-    """Sums over their counts, in float32, and the sums. Each expert has a count; one of 0 weighs all columns alike."""
+_Values = dict[str, "NDArray[np.float32]"]
+
+
+def _means(header: GgufHeader, data: bytes) -> tuple[_Values, _Values, dict[str, Sum]]:
+    """Sums over their counts, in float32: of squares, and plain ones where they are known; and the sums.
+
+    Each expert has a count; one of 0 weighs all columns alike, and has a mean of 0.
+    """
     import numpy as np
 
     found = {info.name: info for info in header.tensors}
-    names = {name.removesuffix(suffix) for name in found for suffix in (SUMS, COUNTS) if name.endswith(suffix)}
-    values: dict[str, NDArray[np.float32]] = {}
+    suffixes = (SUMS, COUNTS, TOTALS)
+    names = {name.removesuffix(suffix) for name in found for suffix in suffixes if name.endswith(suffix)}
+    values: _Values = {}
+    means: _Values = {}
     added: dict[str, Sum] = {}
     for name in sorted(names):
         if not {name + SUMS, name + COUNTS} <= found.keys():
-            raise _damaged(header.path, f"{quoted(name)} has only one of {SUMS} and {COUNTS}")
+            raise _damaged(header.path, f"{quoted(name)} lacks {SUMS} or {COUNTS}")
         sums, counts = (_elements(header, found[name + suffix], data) for suffix in (SUMS, COUNTS))
         if sums.size % counts.size or counts.max() >= MAX_COUNT:
             fault = f"{quoted(name)} has {sums.size:,} sums and {counts.size:,} counts of up to {counts.max():.3g}"
@@ -167,26 +198,51 @@ def _means(header: GgufHeader, data: bytes) -> "tuple[dict[str, NDArray[np.float
         rows = sums.reshape(counts.size, -1)
         values[name] = np.divide(rows, rounded, out=np.ones_like(rows), where=rounded > 0).reshape(-1)
         added[name] = Sum(rows.astype(np.float64), rounded[:, 0].astype(np.int64))
-    return values, added
+        if name + TOTALS in found:
+            totals = _elements(header, found[name + TOTALS], data, signed=True)
+            if totals.size != sums.size:
+                fault = f"{quoted(name)} has {sums.size:,} values of {SUMS} and {totals.size:,} of {TOTALS}"
+                raise _damaged(header.path, fault)
+            totals = totals.reshape(rows.shape)
+            added[name] = replace(added[name], totals=totals.astype(np.float64))
+            _check_possible(header.path, name, added[name])
+            means[name] = np.divide(totals, rounded, out=np.zeros_like(rows), where=rounded > 0).reshape(-1)
+    return values, means, added
 
 
-def _elements(header: GgufHeader, info: TensorInfo, data: bytes) -> "NDArray[np.float32]":
+def _check_possible(path: Path, name: str, added: Sum) -> None:
+    """Numbers of a given sum of squares cannot have any sum: its square is at most their count times that."""
+    import numpy as np
+
+    assert added.totals is not None
+    counts = added.counts.astype(np.float64)[:, None]
+    most = np.sqrt(counts * (added.squares * (1 + SLACK) + counts * LEAST_NORMAL))
+    possible = np.abs(added.totals) <= most
+    if not possible.all():
+        expert, column = (int(index) for index in np.argwhere(~possible)[0])
+        total, limit = added.totals[expert, column], most[expert, column]
+        fault = f"{quoted(name + TOTALS)} holds {total:.3g} in column {column:,}, and {SUMS} allows {limit:.3g} at most"
+        raise _damaged(path, fault)
+
+
+def _elements(header: GgufHeader, info: TensorInfo, data: bytes, *, signed: bool = False) -> "NDArray[np.float32]":
     """The numbers of a tensor, flat."""
     if info.type.name != "F32":
         raise _damaged(header.path, f"{quoted(info.name)} is {info.type.name}, and must be F32")
     start = header.start(info)
-    return _floats(header.path, data[start : start + info.n_bytes], quoted(info.name))
+    return _floats(header.path, data[start : start + info.n_bytes], quoted(info.name), signed=signed)
 
 
-def _floats(path: Path, data: bytes, shown: str) -> "NDArray[np.float32]":
-    """Float32 numbers, none of them NaN, infinite or negative."""
+def _floats(path: Path, data: bytes, shown: str, *, signed: bool = False) -> "NDArray[np.float32]":
+    """Float32 numbers, none of them NaN, infinite or, unless they are signed, negative."""
     import numpy as np
 
     values = np.frombuffer(data, "<f4").astype(np.float32)
-    usable = (values >= 0) & (values < np.inf)  # false for NaN
+    usable = (values > -np.inf if signed else values >= 0) & (values < np.inf)  # false for NaN
     if not usable.all():
         index = int(np.argmin(usable))
-        fault = f"{shown} holds {float(values[index]):.3g} at index {index:,}, and all must be finite and not negative"
+        must = "finite" if signed else "finite and not negative"
+        fault = f"{shown} holds {float(values[index]):.3g} at index {index:,}, and all must be {must}"
         raise _damaged(path, fault)
     return values
 

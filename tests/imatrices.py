@@ -22,8 +22,12 @@ def write_imatrix(
     datasets: Sequence[str] = ("prose.txt",),
     keys: Mapping[str, int] = KEYS,
     general_type: str | None = "imatrix",
+    totals: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Path:
-    """A file as llama-imatrix writes it, by gguf's own writer: `sums` of squares, and how many were added (1)."""
+    """A file as llama-imatrix writes it, by gguf's own writer: `sums` of squares, and how many were added (1).
+
+    `totals` are the plain sums of some or all of them.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.kv_data[0].clear()  # llama-imatrix names no architecture
     if general_type is not None:
@@ -35,6 +39,8 @@ def write_imatrix(
         added = np.array((counts or {}).get(name, [1]), np.float32)
         writer.add_tensor(f"{name}.in_sum2", values.reshape(added.size, -1))
         writer.add_tensor(f"{name}.counts", added.reshape(-1, 1))
+    for name, values in (totals or {}).items():
+        writer.add_tensor(f"{name}.in_sum", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -24,12 +25,13 @@ from quant.importance.collection import Collection, Progress, Report, collect
 from quant.importance.corpus import CalibrationText, read_texts
 from quant.importance.sums import Collector
 from quant.quality.texts import TextError
+from quant.recipes import tensors
 from runtime.engine import ScoringEngine
 from runtime.errors import ModelFileError, OutputError, UserError
 from runtime.events import EngineSettings, Load
 from runtime.native import system_info
 from runtime.native_graph import Node, Observer
-from tests.checkpoints import DEMO
+from tests.checkpoints import DEMO, DEMO_SHAPE
 from tests.faults import at_call, fill_disk
 from tests.imatrices import legacy_imatrix, legacy_tail, write_imatrix
 from tests.rpc import apart
@@ -140,20 +142,46 @@ def test_files_with_experts_are_written_as_gguf_writes_them(tmp_path: Path) -> N
         np.testing.assert_array_equal(again.sums[name].counts, counts[name])
 
 
-class Inputs:
-    """Keeps what every weight is multiplied with."""
+def test_plain_sums_follow_where_they_are_known(tmp_path: Path) -> None:
+    """By gguf's reading: a third tensor, behind llama-imatrix's two, which stay as they are."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((2, 5, 32)) + 0.3
+    known = Sum((rows**2).sum(axis=1), np.array([5, 5]), rows.sum(axis=1))
+    one = Sum((rows[0] ** 2).sum(axis=0)[None], np.array([5]), rows[0].sum(axis=0)[None])
+    sums = {"b": known, "a": one, "c": replace(one, totals=None)}
+    path = tmp_path / "some.gguf"
+    path.write_bytes(serialize(sums, (), 1, 512, {}))
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert list(found) == [
+        *("a.in_sum2", "a.counts", "a.in_sum"),
+        *("b.in_sum2", "b.counts", "b.in_sum"),
+        *("c.in_sum2", "c.counts"),
+    ]
+    np.testing.assert_array_equal(found["b.in_sum"].data, rows.sum(axis=1).astype(np.float32))
+    np.testing.assert_array_equal(found["a.in_sum"].data, rows[0].sum(axis=0).astype(np.float32))
+    np.testing.assert_array_equal(found["a.in_sum2"].data, (rows[0] ** 2).sum(axis=0).astype(np.float32))
+    means = read_imatrix(path).means
+    np.testing.assert_allclose(means["b"], rows.mean(axis=1).reshape(-1), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(means["a"], rows[0].mean(axis=0), rtol=1e-5, atol=1e-7)
 
-    def __init__(self) -> None:
+
+class Inputs:
+    """Keeps what every weight is multiplied with, while another observer watches too."""
+
+    def __init__(self, other: Observer | None = None) -> None:
         self.rows: dict[str, list[NDArray[np.float32]]] = {}
+        self._other = other
 
     def wants(self, node: Node) -> bool:
         return node.operation == "MUL_MAT" and node.source(0).is_weight
 
     def observe(self, node: Node) -> None:
         self.rows.setdefault(node.source(0).name, []).append(node.source(1).floats().copy())
+        if self._other is not None and self._other.wants(node):
+            self._other.observe(node)
 
 
-def test_sums_are_of_squares_column_by_column(demo: Path) -> None:
+def test_sums_are_of_numbers_and_squares_column_by_column(demo: Path) -> None:
     """Added up in float64, over several ubatches and batches; the output only when asked for."""
     chunks = np.arange(100, 100 + 4 * 64, dtype=np.int32).reshape(4, 64)
     inputs, collector = Inputs(), Collector(demo, output=True)
@@ -169,7 +197,36 @@ def test_sums_are_of_squares_column_by_column(demo: Path) -> None:
         rows = np.concatenate(parts).astype(np.float64)
         assert rows.shape[0] == sums[name].counts[0] == 256
         np.testing.assert_allclose(sums[name].squares[0], (rows**2).sum(axis=0), rtol=2e-6)
+        totals = sums[name].totals
+        assert totals is not None
+        assert (np.abs(totals[0] - rows.sum(axis=0)) <= 2e-6 * np.abs(rows).sum(axis=0)).all()
     assert collector.take() == {}
+
+
+def test_means_are_those_of_what_was_read(collection: Collection) -> None:
+    """Of a whole run: two texts, several batches, and the file in between."""
+    watched: list[Inputs] = []
+
+    def open_reader(path: Path, settings: EngineSettings, observer: Observer) -> ScoringEngine:
+        watched.append(Inputs(observer))
+        return ScoringEngine(path, settings, observer=watched[0])
+
+    collect(collection, open_reader, "llama.cpp")
+    matrix = read_imatrix(collection.out)
+    specs = [spec for spec in tensors(DEMO_SHAPE) if spec.name in matrix.values]
+    assert len(specs) == 56
+    shares = []
+    for spec in specs:
+        rows = np.concatenate(watched[0].rows[spec.name]).astype(np.float64)
+        importance, mean = matrix.of(spec), matrix.mean_of(spec)
+        assert importance is not None
+        assert mean is not None
+        assert rows.shape == (10 * 64, spec.row_length)
+        np.testing.assert_allclose(importance, (rows**2).mean(axis=0), rtol=2e-6)
+        assert (np.abs(mean - rows.mean(axis=0)) <= 2e-6 * np.abs(rows).mean(axis=0)).all()
+        shares.append(float((mean.astype(np.float64) ** 2).sum() / importance.sum()))
+    assert 0.01 < min(shares) < max(shares) < 1  # the demo's are no means of 0
+    assert [matrix.mean_of(spec) for spec in tensors(DEMO_SHAPE) if spec.name == "output.weight"] == [None]
 
 
 def test_ubatches_of_a_few_tokens_do_not_count(demo: Path) -> None:
@@ -286,6 +343,37 @@ def test_another_run_does_not_go_on(collection: Collection, demo_levels: dict[st
     assert readers.n_reads == 1
 
 
+def test_a_run_begun_without_plain_sums_does_not_go_on(collection: Collection) -> None:
+    path = checkpoint_path(collection.out)
+    with pytest.raises(KeyboardInterrupt):
+        run(collection, Readers(interrupt_at=3))
+    kept = load_checkpoint(path)
+    assert kept is not None
+    earlier = {key: value for key, value in kept.identity.items() if key != "sums"}
+    save_checkpoint(path, replace(kept, identity=earlier))
+    with pytest.raises(ImatrixError, match="with sums None, and this run has squares, totals"):
+        run(collection)
+
+
+def test_what_is_kept_comes_back_to_the_bit(tmp_path: Path) -> None:
+    rows = np.random.default_rng(4).standard_normal((3, 8))
+    whole = Sum((rows**2).sum(axis=0)[None], np.array([3]), rows.sum(axis=0)[None])
+    sums = {"x": whole, "x.totals": replace(whole, totals=None), "y": whole + whole}
+    save_checkpoint(tmp_path / "kept", Checkpoint({}, "", 1, sums))
+    kept = load_checkpoint(tmp_path / "kept")
+    assert kept is not None
+    assert list(kept.sums) == list(sums)
+    for name, added in sums.items():
+        found = kept.sums[name]
+        assert found.squares.tobytes() == added.squares.tobytes()
+        assert found.counts.tobytes() == added.counts.tobytes()
+        if added.totals is None:
+            assert found.totals is None
+        else:
+            assert found.totals is not None
+            assert found.totals.tobytes() == added.totals.tobytes()
+
+
 def test_a_damaged_checkpoint_is_one_line(collection: Collection) -> None:
     path = checkpoint_path(collection.out)
     with pytest.raises(KeyboardInterrupt):
@@ -355,6 +443,36 @@ def test_merging_adds_sums_and_counts(tmp_path: Path) -> None:
     assert (contents.datasets, contents.n_chunks, contents.chunk_size) == (("a.txt", "b.txt", "c.txt"), 3, 512)
 
 
+def test_merging_adds_plain_sums_and_loses_them_with_a_note(tmp_path: Path) -> None:
+    """A weight that one of the matrices has no plain sums of has none; the others keep theirs."""
+    a, b = np.array([1, -2, 3, 0], np.float32), np.array([-4, 1, 1, 0.5], np.float32)
+    full = {name: np.full(4, 64, np.float32) for name in ("x", "y")}
+    counts = {"x": [512], "y": [512]}
+    one = write_imatrix(tmp_path / "one.gguf", full, counts, totals={"x": a, "y": b})
+    two = write_imatrix(tmp_path / "two.gguf", full, counts, totals={"x": b, "y": b})
+    none = write_imatrix(tmp_path / "none.gguf", {"y": full["y"]}, counts)
+    old = tmp_path / "old.dat"
+    old.write_bytes(legacy_imatrix({"y": (1, full["y"])}))
+    said: list[str] = []
+    run(Collection(None, (), tmp_path / "1", (one, two)), say=said.append)
+    run(Collection(None, (), tmp_path / "2", (none, old)), say=said.append)
+    assert said == []
+    run(Collection(None, (), tmp_path / "3", (one, none, two, old)), say=said.append)
+    assert said == ["note: no means in none.gguf, old.dat, so that the matrix has none for what they measured"]
+    found = [read_imatrix(tmp_path / name).means for name in "123"]
+    assert [sorted(means) for means in found] == [["x", "y"], [], ["x"]]
+    np.testing.assert_array_equal(found[0]["x"], (a + b) / 1024)
+    np.testing.assert_array_equal(found[2]["x"], (a + b) / 1024)
+
+
+def test_a_model_that_reads_loses_means_to_a_matrix_without(collection: Collection) -> None:
+    said: list[str] = []
+    run(replace(collection, merged=(REFERENCE,), max_chunks=1), say=said.append)
+    assert said == ["note: no means in demo-imatrix.gguf, so that the matrix has none for what it measured"]
+    matrix = read_imatrix(collection.out)
+    assert (len(matrix.values), matrix.means) == (56, {})
+
+
 def test_merging_a_dat_file(tmp_path: Path) -> None:
     """Its sums are of means of chunks: 3 chunks of 512 with 6 in all are 3,072 over 1,536 rows."""
     path = tmp_path / "a.dat"
@@ -384,6 +502,8 @@ def test_texts_and_matrices_together(collection: Collection, tmp_path: Path) -> 
         assert merged.n_chunks == whole.n_chunks
         for tensor, values in whole.values.items():
             np.testing.assert_allclose(merged.values[tensor], values, rtol=1e-6)
+            allowed = 1e-6 * np.sqrt(values)  # a mean is at most that
+            assert (np.abs(merged.means[tensor] - whole.means[tensor]) <= allowed).all()
 
 
 def test_a_matrix_of_another_model_is_not_merged(collection: Collection, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from tests.imatrices import (
     random_importance,
     random_model,
     widened,
+    write_imatrix,
     write_model,
 )
 from tests.llama_quantize import llama_quantize, llama_quantize_status
@@ -88,6 +89,27 @@ def test_a_matrix_tells_its_file_texts_and_chunks() -> None:
         assert without_entry(matrix, tensors(DEMO_SHAPE)) == ("output.weight", "token_embd.weight")
         with pytest.raises(ValueError, match="read-only"):
             next(iter(matrix.values.values()))[0] = 1
+
+
+def test_means_are_given_where_the_file_has_them_and_the_tensor_uses_the_matrix(tmp_path: Path) -> None:
+    names = ("blk.0.ffn_up.weight", "blk.0.ffn_down.weight", "token_embd.weight")
+    up, down, embedding = (TensorSpec(name, (8, 4)) for name in names)
+    norm = TensorSpec("blk.0.attn_norm.weight", (4,))
+    some = np.array([-2, 0, 1, 2], np.float32)
+    squares = {up.name: 2 * _ones(4), down.name: _ones(4), norm.name: 2 * _ones(4), embedding.name: _ones(3)}
+    totals = {up.name: some, norm.name: some, embedding.name: _ones(3)}
+    path = write_imatrix(tmp_path / "some.gguf", squares, {name: [2] for name in squares}, totals=totals)
+    matrix = read_imatrix(path)
+    check_fits(matrix, [up, down, embedding, norm])
+    mean = matrix.mean_of(up)
+    assert mean is not None
+    assert mean.dtype == np.float32
+    assert mean.tolist() == [-1, 0, 0.5, 1]
+    assert [matrix.mean_of(spec) for spec in (down, embedding, norm)] == [None, None, None]
+    with pytest.raises(ValueError, match="read-only"):
+        mean[0] = 1
+    for name in REFERENCE:
+        assert read_imatrix(REFERENCE_FOLDER / name).means == {}
 
 
 # Blocks and types, against llama_model_quantize

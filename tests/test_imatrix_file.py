@@ -97,6 +97,24 @@ def test_the_end_of_an_old_file_may_be_missing(tail: bytes, datasets: tuple[str,
     assert _read(legacy_imatrix({"a": (1, _ones(2))}, tail)) == ({"a": [1, 1]}, datasets, n_chunks)
 
 
+def test_plain_sums_are_divided_by_their_counts_too(written: Any) -> None:
+    """Of either sign, up to what rows that are all alike have, even if their squares are 0; not counted, they are 0."""
+    squares = {name: np.array([3, 12, 0, 1e-40, 0], np.float32) for name in ("a", "b")}
+    totals = np.array([-3, 6, 0, 1e-20, 3e-24], np.float32)
+    contents = _parse(written(squares, {"a": [3], "b": [3]}, totals={"a": totals}))
+    assert {name: values.tolist() for name, values in contents.means.items()} == {
+        "a": [ctypes.c_float(float(value) / 3).value for value in totals]
+    }
+    found, plain = contents.sums["a"].totals, contents.sums["b"].totals
+    assert (found is not None, plain) == (True, None)
+    np.testing.assert_array_equal(found, totals[None].astype(np.float64))
+    assert _parse(legacy_imatrix({"a": (3, squares["a"])})).means == {}
+    experts = written(
+        {"a": np.array([0, 0, 8, 2], np.float32)}, {"a": [0, 2]}, totals={"a": np.array([0, 0, -4, 1], np.float32)}
+    )
+    assert _parse(experts).means["a"].tolist() == [0, 0, -2, 0.5]
+
+
 def test_keys_that_do_not_matter_may_be_there_or_not(written: Any) -> None:
     more = {"imatrix.chunk_count": 1 << 31, "imatrix.chunk_size": 0, "some.other": 3}
     texts = ("first", "\x1b[2J\0end", "")
@@ -138,9 +156,25 @@ def test_values_that_are_no_importance_are_refused_with_name_and_index(written: 
     assert "'a' has 4 sums and 2 counts of up to 1e+19" in _refusal(written({"a": _ones(4)}, {"a": [3, 1e19]}))
 
 
+@pytest.mark.parametrize(
+    ("totals", "fault"),
+    [
+        ([0, np.nan, 0, 0], "'a.in_sum' holds nan at index 1, and all must be finite;"),
+        ([0, 0, 0, -np.inf], "'a.in_sum' holds -inf at index 3, and all must be finite;"),
+        ([0, 0, 0], "'a' has 4 values of .in_sum2 and 3 of .in_sum;"),
+        ([6, -6, 6, 6.1], "'a.in_sum' holds 6.1 in column 3, and .in_sum2 allows 6.03 at most;"),
+        ([6, -6.1, 6, 6], "'a.in_sum' holds -6.1 in column 1, and .in_sum2 allows 6.03 at most;"),
+    ],
+)
+def test_sums_that_no_numbers_have_are_refused(written: Any, totals: list[float], fault: str) -> None:
+    """3 numbers whose squares add up to 12 have a sum of -6 to 6: those of three times 2."""
+    squares = {"a": np.full(4, 12, np.float32)}
+    assert fault in _refusal(written(squares, {"a": [3]}, totals={"a": np.array(totals, np.float32)}))
+
+
 def test_every_cut_of_a_file_is_refused(written: Any) -> None:
     entries = {"blk.0": _ones(5), "blk.1": _ones(3)}
-    data = written(entries)
+    data = written(entries, totals={"blk.0": -_ones(5)})
     for n in range(len(data)):
         assert _refusal(data[:n]).startswith("some.file: not a whole importance matrix: ")
     data = legacy_imatrix({name: (1, values) for name, values in entries.items()})
@@ -187,14 +221,15 @@ def test_faults_are_told_in_one_line_with_both_numbers(data: bytes, fault: str) 
         (b"imatrix.chunk_size", b"imatrix.chunk_sice", "the key imatrix.chunk_size is missing"),
         (b"chunk_count\4\0\0\0", b"chunk_count\5\0\0\0", "the value of imatrix.chunk_count is not an unsigned 32-bit"),
         (b"chunk_size\4\0\0\0", b"chunk_size\6\0\0\0", "the value of imatrix.chunk_size is not an unsigned 32-bit"),
-        (b"a.counts", b"b.counts", "'a' has only one of .in_sum2 and .counts"),
-        (b"a.in_sum2", b"b.in_sum2", "'a' has only one of .in_sum2 and .counts"),
+        (b"a.counts", b"b.counts", "'a' lacks .in_sum2 or .counts"),
+        (b"a.in_sum2", b"b.in_sum2", "'a' lacks .in_sum2 or .counts"),
+        (b"a.in_sum\1", b"b.in_sum\1", "'b' lacks .in_sum2 or .counts"),
         (b"a.counts\2\0\0\0", b"a.counts\5\0\0\0", "its header is damaged (tensor 'a.counts' has 5 dimensions, "),
         (b"general.type", b"general.tyyy", None),
     ],
 )
 def test_a_changed_file_is_told_from_a_whole_one(written: Any, old: bytes, new: bytes, fault: str | None) -> None:
-    data = written({"a": _ones(6)}, {"a": [1, 1]})
+    data = written({"a": _ones(6)}, {"a": [1, 1]}, totals={"a": _ones(6)})
     assert data.count(old) == 1
     if fault is None:
         assert _read(data.replace(old, new)) == _read(data)
@@ -235,7 +270,13 @@ def test_datasets_that_are_no_texts_are_none(datasets: bytes) -> None:
         (_with_tensors(_info(b"a.in_sum2", 1 << 40)), "cut off within tensor 'a.in_sum2' (it ends at byte 4,398,046,"),
         (_with_tensors(_info(b"a.in_sum2", 8, 0), _info(b"a.counts", 1)), "'a.in_sum2' has the dimensions [8, 0]"),
         (_with_tensors(_info(b"a.in_sum2", 8), _info(b"a.counts", 3, offset=32)), "'a' has 8 sums and 3 counts"),
-        (_with_tensors(_info(b"\x1b[2J\n.counts", 8)), r"'\x1b[2J\n' has only one of .in_sum2 and .counts"),
+        (_with_tensors(_info(b"\x1b[2J\n.counts", 8)), r"'\x1b[2J\n' lacks .in_sum2 or .counts"),
+        (
+            _with_tensors(
+                _info(b"a.in_sum2", 8), _info(b"a.counts", 1, offset=32), _info(b"a.in_sum", 8, type_=1, offset=64)
+            ),
+            "'a.in_sum' is F16, and must be F32",
+        ),
     ],
 )
 def test_tensors_that_cannot_be_are_refused(data: bytes, fault: str) -> None:
@@ -283,6 +324,7 @@ SMALL = {"blk.0.ffn_up.weight": _ones(4), "blk.0.ffn_down.weight": np.array([0, 
 WHOLE = (
     (REFERENCE_FOLDER / "demo-imatrix.gguf").read_bytes(),
     _with_tensors(_info(b"a.in_sum2", 4, 2), _info(b"a.counts", 2, offset=32)),
+    _with_tensors(_info(b"a.in_sum2", 8), _info(b"a.counts", 1, offset=32), _info(b"a.in_sum", 8, offset=64)),
     legacy_imatrix({name: (2, values) for name, values in SMALL.items()}, legacy_tail(3, "text")),
 )
 NUMBERS = st.sampled_from([0, 1, 2, 8, 9, 63, 64, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 63) - 1])
@@ -306,6 +348,7 @@ def test_damage_is_either_seen_or_harmless(whole: bytes, changes: Any, cut: int 
     try:
         contents = _parse(bytes(data[:cut]) + more)
         assert all(np.isfinite(values).all() and values.min() >= 0 for values in contents.values.values())
+        assert all(np.isfinite(values).all() for values in contents.means.values())
     except ImatrixError as error:
         message = str(error)
     peak = tracemalloc.get_traced_memory()[1]

@@ -20,7 +20,7 @@ from quant.importance.sums import Sums
 from runtime.errors import OutputError
 
 _HEAD = "head"
-_SQUARES, _COUNTS = ".squares", ".counts"
+_SQUARES, _COUNTS, _TOTALS = ".squares", ".counts", ".totals"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     arrays: dict[str, Any] = {_HEAD: np.array(head)}
     for name, added in checkpoint.sums.items():
         arrays[name + _SQUARES], arrays[name + _COUNTS] = added.squares, added.counts
+        if added.totals is not None:
+            arrays[name + _TOTALS] = added.totals
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_whole(path, buffer.getvalue())
@@ -63,7 +65,9 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             arrays = {name: file[name] for name in file.files}
         head = json.loads(str(arrays.pop(_HEAD)))
         names = [name.removesuffix(_SQUARES) for name in arrays if name.endswith(_SQUARES)]
-        sums = {name: Sum(arrays[name + _SQUARES], arrays[name + _COUNTS]) for name in names}
+        sums = {
+            name: Sum(arrays[name + _SQUARES], arrays[name + _COUNTS], arrays.get(name + _TOTALS)) for name in names
+        }
         return Checkpoint(head["identity"], str(head["tokens"]), int(head["n_chunks"]), sums)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ImatrixError(

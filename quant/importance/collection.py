@@ -1,8 +1,9 @@
 """Collects an importance matrix: a model reads texts, and what goes into its weights is added up.
 
-Takes a `Collection` and something that opens a model for reading, writes a matrix file as llama-imatrix does. The sums
-are kept on disk every minute and when a run ends early, Ctrl-C too; the same call goes on there and ends with the file
-of an undisturbed run, bit for bit. Earlier matrices can be added, sum to sum. Knows nothing of llama.cpp or terminals.
+Takes a `Collection` and something that opens a model for reading, writes a matrix file as llama-imatrix does, and the
+plain sums, for means. The sums are kept on disk every minute and when a run ends early, Ctrl-C too; the same call goes
+on there and ends with the file of an undisturbed run, bit for bit. Earlier matrices can be added, sum to sum. Knows
+nothing of llama.cpp or terminals.
 """
 
 import contextlib
@@ -170,6 +171,7 @@ class _Collecting:
         self._identity = as_kept(
             {
                 "engine": engine,
+                "sums": ["squares", "totals"],
                 "model": self._files,
                 "prompt": model.prompt if model else None,
                 "texts": [(text.name, text.sha256) for text in collection.texts],
@@ -188,6 +190,7 @@ class _Collecting:
         if collection.out.exists() and not collection.overwrite:
             return self._found()
         check_writable(collection.out)
+        self._tell_lost_means()
         partial = checkpoint_path(collection.out)
         resumed = 0
         if collection.model is not None and collection.texts:
@@ -215,6 +218,14 @@ class _Collecting:
                         f"{path}: {added.squares.size:,} values for {name}, and {np.prod(shape):,} in {other}; "
                         "merge matrices of one model"
                     )
+
+    def _tell_lost_means(self) -> None:
+        """Where one matrix has no means, what is added to it has none either."""
+        lacks = {path: any(s.totals is None for s in contents.sums.values()) for path, contents, _ in self._merged}
+        if any(lacks.values()) and (self._collection.texts or not all(lacks.values())):
+            names = [path.name for path, lacking in lacks.items() if lacking]
+            who = "they" if len(names) > 1 else "it"
+            self._say(f"note: no means in {', '.join(names)}, so that the matrix has none for what {who} measured")
 
     def _found(self) -> Report:
         """The file that is there, if it is the one to make."""

@@ -1,9 +1,9 @@
-"""Sums of squares: how much goes into each column of each weight.
+"""Sums and sums of squares: how much goes into each column of each weight.
 
-`Collector` watches a model compute and adds up, for every product with a weight of a layer, the square of each element
-of what the weight is multiplied with, column by column. Which products count, and what
-a count is, follows llama-imatrix: `IMatrixCollector::collect_imatrix` of tools/imatrix/imatrix.cpp, llama.cpp
-0c1e57098. It adds in float32; here the rows of one ubatch are added in float32, and these sums in float64.
+`Collector` watches a model compute and adds up, for every product with a weight of a layer, each element of what the
+weight is multiplied with, and its square, column by column. Which products count, and what a count is, follows
+llama-imatrix: `IMatrixCollector::collect_imatrix` of tools/imatrix/imatrix.cpp, llama.cpp 0c1e57098. It adds squares
+alone, in float32; here the rows of one ubatch are added in float32, and these sums in float64.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,8 +32,7 @@ def total(parts: Iterable[Sums]) -> Sums:
     result: dict[str, Sum] = {}
     for part in parts:
         for name, added in part.items():
-            old = result.get(name)
-            result[name] = Sum(old.squares + added.squares, old.counts + added.counts) if old is not None else added
+            result[name] = result[name] + added if name in result else added
     return result
 
 
@@ -44,10 +43,10 @@ class Collector:
         """`source` is the model's file, for errors. `output` adds the output matrix, if the model has one."""
         self._source = source
         self._output = output
-        self._squares: dict[str, NDArray[np.float64]] = {}
+        self._added: dict[str, NDArray[np.float64]] = {}  # squares and totals, (2, row_length)
         self._counts: dict[str, int] = {}
         self._last_input: tuple[int, str] | None = None
-        self._last_squares: NDArray[np.float32] = np.empty(0, np.float32)
+        self._last_sums: NDArray[np.float32] = np.empty((2, 0), np.float32)
         self._shared_by: set[str] = set()
 
     def wants(self, node: Node) -> bool:
@@ -76,23 +75,27 @@ class Collector:
         identity = (inputs.address, inputs.name)
         if identity != self._last_input or name in self._shared_by:
             rows = inputs.floats().reshape(-1, inputs.shape[-1])
-            self._last_squares = np.einsum("ij,ij->j", rows, rows)
-            if not np.isfinite(self._last_squares).all():
+            squares = np.einsum("ij,ij->j", rows, rows)
+            if not np.isfinite(squares).all():
                 raise ModelFileError(
                     f"{self._source}: what {name} is multiplied with is not finite; the file is damaged, make it again"
                 )
+            self._last_sums = np.stack([squares, rows.sum(axis=0)])
             self._last_input = identity
             self._shared_by.clear()
         self._shared_by.add(name)
-        if name in self._squares:
-            self._squares[name] += self._last_squares
+        if name in self._added:
+            self._added[name] += self._last_sums
         else:
-            self._squares[name] = self._last_squares.astype(np.float64)
+            self._added[name] = self._last_sums.astype(np.float64)
         n_rows = int(np.prod(inputs.shape[:-1]))
         self._counts[name] = self._counts.get(name, 0) + n_rows
 
     def take(self) -> Sums:
         """What was added up since the last time."""
-        taken = {name: Sum(squares[None], np.array([self._counts[name]])) for name, squares in self._squares.items()}
-        self._squares, self._counts, self._last_input = {}, {}, None
+        taken = {
+            name: Sum(squares[None], np.array([self._counts[name]]), totals[None])
+            for name, (squares, totals) in self._added.items()
+        }
+        self._added, self._counts, self._last_input = {}, {}, None
         return taken

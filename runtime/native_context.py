@@ -37,7 +37,7 @@ class ContextSettings:
     n_ubatch: int
     n_seq_max: int
     n_outputs_max: int
-    """Most rows of logits one ubatch can give; 0 is n_batch."""
+    """Most rows of logits one ubatch can give; 0 is n_batch. With fewer than n_seq_max llama.cpp ends the process."""
     n_threads: int
     kv_type: str
 
@@ -49,6 +49,7 @@ class Context:
         """`observer` watches every decode (native_graph.py)."""
         if settings.kv_type not in KV_TYPES:
             raise EngineError(f"{settings.kv_type!r} is not a KV cache type; known: {', '.join(KV_TYPES)}")
+        assert settings.n_outputs_max == 0 or settings.n_outputs_max >= settings.n_seq_max, settings
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = settings.n_ctx, settings.n_batch, settings.n_ubatch
         params.n_seq_max, params.n_outputs_max = settings.n_seq_max, settings.n_outputs_max

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 HELP = "which levels fit the devices, and how"
 
+_HERE = "here"
 _MOST_FAILURES = 4  # so many that do not fit are told what would fit instead
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="mistral-large-2411", metavar="MODEL", help="a name or a folder")
-    parser.add_argument("--devices", metavar="SIZES", help="such as 80GiB,80GiB (default: --machine)")
+    parser.add_argument("--devices", metavar="SIZES", help="80GiB,80GiB, or here (default: --machine)")
     parser.add_argument("--machine", default="workstation", help="a machine of models.yaml (default: workstation)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="default: what the model was trained for")
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="sequences that share it (default: 1)")
@@ -29,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="all", metavar="TYPES", help="of the KV cache: f16,q8_0,q4_0 (default: all)")
     parser.add_argument("--split-mode", default="layer", choices=("layer", "tensor"), help="default: layer")
     parser.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="as of `bise chat` (default: all)")
-    group = parser.add_argument_group("speed, as data sheets have it (default: an A100 80GB PCIe)")
-    group.add_argument("--bandwidth", default="1935GB", metavar="SIZE", help="of each device's memory, a second")
+    group = parser.add_argument_group("speed (default: an A100 80GB PCIe, by its data sheet)")
+    group.add_argument(
+        "--bandwidth", metavar="SIZE", help="of each device's memory, a second (default: 1935GB; here, what NVML says)"
+    )
     group.add_argument("--host-bandwidth", default="200GB", metavar="SIZE", help="of the host's (default: 200GB)")
     group.add_argument("--tflops", type=float, default=312.0, metavar="N", help="of each device (default: 312)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -110,9 +113,12 @@ def _wishes(arguments: argparse.Namespace, trained: int) -> "list[Wish]":
 
 def _rates(arguments: argparse.Namespace) -> "Rates":
     from runtime.errors import CatalogueError
-    from runtime.forecast import Rates
+    from runtime.forecast import A100_BANDWIDTH, Rates
+    from runtime.nvidia import cards
 
-    rates = Rates(_size(arguments.bandwidth), _size(arguments.host_bandwidth), int(arguments.tflops * 10**12))
+    known = [card.bandwidth for card in cards() if card.bandwidth] if arguments.devices == _HERE else []
+    bandwidth = _size(arguments.bandwidth) if arguments.bandwidth else min(known, default=A100_BANDWIDTH)
+    rates = Rates(bandwidth, _size(arguments.host_bandwidth), int(arguments.tflops * 10**12))
     if min(rates.bandwidth, rates.host_bandwidth, rates.flops) <= 0:
         raise CatalogueError("--bandwidth, --host-bandwidth and --tflops must be above 0")
     return rates
@@ -250,12 +256,26 @@ def _devices(arguments: argparse.Namespace) -> tuple[int, ...]:
     from runtime.hardware import parse_devices
     from runtime.library import shipped_catalogue
 
+    if arguments.devices == _HERE:
+        return _devices_here()
     if arguments.devices:
         return parse_devices(arguments.devices)
     machines = shipped_catalogue().machines
     if arguments.machine not in machines:
         raise CatalogueError(f"no machine is called {arguments.machine!r}; known: {', '.join(machines)}")
     return machines[arguments.machine].devices
+
+
+def _devices_here() -> tuple[int, ...]:
+    """The free memory of each GPU of this machine, in llama.cpp's order."""
+    from runtime.errors import EngineError
+    from runtime.fitting import in_llama_order
+    from runtime.native_devices import devices
+
+    free = tuple(device.memory_free for device in in_llama_order(devices()))
+    if not free:
+        raise EngineError("llama.cpp can use no GPU here (`bise doctor` says why); name sizes, such as 80GiB,80GiB")
+    return free
 
 
 def _shape(argument: str) -> "tuple[Shape, str, int]":

@@ -118,6 +118,7 @@ class Answerer:
                 gpu_bytes=self._engine.gpu_bytes(),
             )
         )
+        self._engine.keep()  # nobody waits for it
 
     def _draw(self, reply: Reply, emit: Emit) -> tuple[StopReason, int, float | None]:
         """Draw tokens until the answer ends; why it did, how many there were, and when the first was drawn."""

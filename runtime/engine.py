@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.fitting import fitted
+from runtime.kv_store import WORTH_TOKENS, KvStore, n_common
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings
 from runtime.native_devices import devices, register_rpc
@@ -99,6 +100,13 @@ class Engine:
         self._stride = Stride(n_ubatch, n_batch)
         self._cached: list[int] = []  # the ids whose K and V the cache holds, in order
         self._sampler: Sampler | None = None
+        self._store: KvStore | None = None
+        if settings.kept_kv_bytes > 0:
+            try:
+                self._store = KvStore.of(path, settings)
+            except EngineError:
+                self.close()
+                raise
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -124,9 +132,10 @@ class Engine:
     def read(self, ids: Sequence[int], on_progress: Callable[[int, int, int], None]) -> int:
         """Bring the KV cache to exactly `ids` and return how many of them it already held.
 
-        The common prefix is kept and the rest decoded. The last id is always decoded, since its logits are wanted.
-        `on_progress(done, total, reused)` is called every second or so, and after each batch. Raises AbortedError (what
-        was read is kept, to the ubatch), EngineError when the prompt leaves no room for an answer.
+        The common prefix is kept, or read from the disk where more of it was kept there, and the rest decoded; the last
+        id always, since its logits are wanted. `on_progress(done, total, reused)` is called every second or so, and
+        after each batch. Raises AbortedError (what was read is kept, to the ubatch), EngineError when the prompt leaves
+        no room for an answer.
         """
         if not ids:
             raise EngineError("the prompt is empty; write something")
@@ -135,11 +144,9 @@ class Engine:
                 f"the conversation has {len(ids)} tokens and the context holds {self.n_ctx}; start a new conversation "
                 "or raise --context"
             )
-        reused = 0
-        for old, new in zip(self._cached, ids[:-1], strict=False):
-            if old != new:
-                break
-            reused += 1
+        reused = n_common(self._cached, ids[:-1])
+        if self._store is not None and self._restore(self._store, ids[:-1], reused):
+            reused = n_common(self._cached, ids[:-1])
         if reused < self._context.length(0):  # which may be more than was credited, after a decode that failed
             if not self._context.forget(0, reused):
                 self._context.clear()
@@ -173,6 +180,23 @@ class Engine:
     def extend(self, token: int) -> None:
         """Decode one more id. Raises AbortedError."""
         self._decode([token])
+
+    def keep(self) -> None:
+        """Keep the KV cache on the disk, if the settings give it room there. Without room it is not kept."""
+        if self._store is not None:
+            n_bytes = self._context.state_bytes(0) + 4 * len(self._cached)
+            self._store.keep(self._cached, n_bytes, lambda path: self._context.save(0, self._cached, path))
+
+    def _restore(self, store: KvStore, ids: Sequence[int], n_here: int) -> bool:
+        """Bring a kept KV cache with more of `ids` than the `n_here` that are there; whether anything has changed."""
+        kept = store.best(ids, self.n_ctx)
+        if kept is None or kept.n_common < n_here + WORTH_TOKENS:
+            return False
+        restored = store.read(kept.path, lambda path: self._context.load(0, path))
+        if restored is None:
+            self._context.clear()
+        self._cached = restored or []
+        return True
 
     def has_room(self) -> bool:
         """Whether the KV cache can take another token."""

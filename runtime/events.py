@@ -51,6 +51,8 @@ class EngineSettings:
     """host:port of llama.cpp RPC devices. The protocol has no authentication."""
     use_extra_bufts: bool = True
     """CPU weight repacking. False avoids the AMX code that GCC 12 miscompiles."""
+    kept_kv_bytes: int = 0
+    """Room on the disk for KV caches of conversations (kv_store.py); 0 keeps none."""
 
 
 @dataclass(frozen=True, slots=True)

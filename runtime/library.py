@@ -59,6 +59,13 @@ def data_folder() -> Path:
     return platformdirs.user_data_path("bise")
 
 
+def kv_folder() -> Path:
+    """KV caches of conversations; may be deleted at any time."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("bise") / "kv"
+
+
 def models_folder() -> Path:
     """Where `bise quantize` writes and `bise chat` looks."""
     return data_folder() / "models"

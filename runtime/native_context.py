@@ -6,7 +6,10 @@ Knows nothing of prompts, conversations or processes.
 
 import ctypes
 import ctypes.util
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +145,31 @@ class Context:
     def length(self, sequence: int) -> int:
         """Positions a sequence has in the KV cache."""
         return int(lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def state_bytes(self, sequence: int) -> int:
+        """What `save` writes, but for the ids and a header."""
+        return int(lib.llama_state_seq_get_size(self._context, sequence))
+
+    def save(self, sequence: int, tokens: Sequence[int], path: Path) -> bool:
+        """Write a sequence's part of the KV cache, whose ids are `tokens`; False where that failed."""
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        return bool(lib.llama_state_seq_save_file(self._context, os.fsencode(path), sequence, ids, len(tokens)))
+
+    def load(self, sequence: int, path: Path) -> list[int] | None:
+        """Replace a sequence's part of the KV cache by a saved one and give its ids.
+
+        None where the file does not fit: what the cache holds is then unknown. A damaged one may end the process.
+        """
+        ids, n_ids = (ctypes.c_int32 * self._settings.n_ctx)(), ctypes.c_size_t(0)
+        LOG.clear()
+        if (
+            lib.llama_state_seq_load_file(
+                self._context, os.fsencode(path), sequence, ids, len(ids), ctypes.byref(n_ids)
+            )
+            and self.length(sequence) == n_ids.value
+        ):
+            return list(ids[: n_ids.value])
+        return None
 
     def abort(self, wanted: bool = True) -> None:
         """Ask the running decode to end, or take it back. May be called from any thread."""

@@ -27,6 +27,7 @@ def test_what_is_given_arrives() -> None:
     given = settings("--context", "512", "--tensor-split", "1,2.5", "--split-mode", "tensor", "--ubatch", "4096")
     assert given == EngineSettings(n_ctx=512, tensor_split=(1.0, 2.5), split_mode="tensor", n_ubatch=4096, n_batch=4096)
     assert settings("--main-gpu", "1", "--gpu-layers", "3").main_gpu == 1
+    assert settings("--keep-kv", "2GiB").kept_kv_bytes == 2 << 30
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,9 @@ class SpeltModel:
     def gpu_bytes(self) -> None:
         """There is no GPU."""
 
+    def keep(self) -> None:
+        """There is no KV cache."""
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         return [1]
 

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from math import inf
 
+from runtime.catalogue import parse_bytes
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.library import ModelFile
@@ -58,6 +59,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
     group.add_argument("--main-gpu", type=int, metavar="N", help="the whole model on this GPU, counted from 0")
     group.add_argument("--ubatch", type=int, default=512, metavar="TOKENS", help="computed at once (default: 512)")
     group.add_argument("--threads", type=int, metavar="N", help="default: every core, or 1 if all layers are on GPUs")
+    if context is None:
+        group.add_argument(
+            "--keep-kv",
+            metavar="SIZE",
+            help="keep what was read of conversations on the disk, at most so much, such as 20GiB (default: nothing)",
+        )
     group.add_argument(
         "--rpc",
         default="",
@@ -89,7 +96,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSettings:
-    """Raises EngineError for a setting outside its range."""
+    """Raises EngineError for a setting outside its range, CatalogueError for a size that is none."""
     n_ctx = file.context if arguments.context is None else arguments.context
     if n_ctx < 1:
         raise EngineError(f"--context {n_ctx} is not a number of tokens")
@@ -108,6 +115,7 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
         n_gpu_layers=arguments.gpu_layers,
         n_threads=arguments.threads,
         rpc_servers=tuple(server for server in arguments.rpc.split(",") if server),
+        kept_kv_bytes=parse_bytes(kept) if (kept := getattr(arguments, "keep_kv", None)) else 0,
     )
 
 

@@ -98,7 +98,7 @@ class Answerer:
         try:
             self._engine.read(ids, progress)
             answering = time.monotonic()
-            sampling = self._engine.start_sampling(reply.sampling)
+            sampling = self._engine.start_sampling(reply.sampling, reply.grammar)
             reason, n_answer, first = self._draw(reply, emit)
         except AbortedError:  # while the prompt was read
             answering = time.monotonic()
@@ -126,7 +126,7 @@ class Answerer:
         # SentencePiece writes the space before the first word into its token; an answer does not begin with a space.
         last = reply.messages[-1]
         goes_on = last.role == "assistant" and bool(last.content.strip())
-        strip_first = vocabulary.is_spm and not goes_on
+        strip_first = vocabulary.is_spm and not goes_on and reply.grammar is None  # it says itself how to begin
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
         reason: StopReason | None = None
         n_answer = 0

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.fitting import fitted
+from runtime.grammar import Grammar
 from runtime.kv_store import WORTH_TOKENS, KvStore, n_common
 from runtime.native import Model, ModelInfo, Vocabulary, has_amx_kernels
 from runtime.native_context import AbortedError, Context, ContextSettings
@@ -160,17 +161,17 @@ class Engine:
             on_progress(len(self._cached), len(ids), reused)
         return reused
 
-    def start_sampling(self, sampling: Sampling) -> str:
+    def start_sampling(self, sampling: Sampling, grammar: Grammar | None = None) -> str:
         """Set how `next` draws after what was read so far, and say it in words. A fixed seed repeats the answer.
 
-        Raises EngineError for a setting that does not fit the model.
+        What is drawn from then on keeps to the grammar. Raises EngineError for what does not fit the model.
         """
         if self._sampler is not None:
             self._sampler.close()
             self._sampler = None
         seed = sampling.seed if sampling.seed is not None else secrets.randbelow(MAX_SEED + 1)
-        self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=self._cached)
-        return describe(sampling, seed)
+        self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=self._cached, grammar=grammar)
+        return f"{'grammar → ' if grammar is not None else ''}{describe(sampling, seed)}"
 
     def next(self) -> int:
         """Draw the next id from the logits of the last decode. The KV cache does not hold it until `extend`."""

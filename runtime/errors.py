@@ -6,6 +6,7 @@
     ├── ModelFileError        a GGUF file that cannot be used
     ├── OutputError           a file that cannot be written
     ├── EngineError           the engine refused: memory, settings, prompt too long
+    ├── GrammarError          a grammar or JSON schema that no answer can be held to
     └── WorkerDiedError       the engine's process ended by itself
 
 A floor adds children of its own beside what raises them: quant's for texts, results and base logits, tui's for the
@@ -39,6 +40,10 @@ class OutputError(UserError):
 
 class EngineError(UserError):
     """The engine refused a request and is still usable: out of memory, prompt longer than the context, bad settings."""
+
+
+class GrammarError(UserError):
+    """A grammar or JSON schema that is not one, or that Bise cannot hold an answer to."""
 
 
 class WorkerDiedError(UserError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from runtime.grammar import Grammar
 from runtime.sampling import Sampling as Sampling  # part of every reply: named here too
 
 Role = Literal["system", "user", "assistant"]
@@ -76,6 +77,8 @@ class Reply:
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None
     """Tell each token's log-probability, and those of as many likeliest ones; None tells none."""
+    grammar: Grammar | None = None
+    """Holds the whole answer to its form; the answer ends where the grammar does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""A chain of llama.cpp's samplers: a row of logits in, a token id out.
+"""A chain of llama.cpp's samplers, behind a grammar if one is given: a row of logits in, a token id out.
 
-Built as sampling.py plans it. `Sampler` works on any row of logits, so it needs a vocabulary and no context. It draws
-in two steps where llama.cpp's own function takes one, to refuse what would end the process: a row that leaves nothing
-to draw.
+Built as sampling.py plans it. `Sampler` works on any row of logits, so it needs a vocabulary and no context. It looks
+at what a chain leaves before it takes it, to refuse what would end the process: a row that leaves nothing to draw.
 """
 
 import ctypes
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
+from runtime.grammar import Grammar
 from runtime.native import Vocabulary, lib
 from runtime.sampling import WHOLE_CONTEXT, Sampling, chain
 
@@ -28,11 +28,18 @@ class Sampler:
     """Draws tokens as `sampling` says, with `seed`. Close it before its model.
 
     `recent` is what was read so far, prompt and answer, for the penalties; `n_ctx` is the longest window they can have.
-    Raises EngineError for a logit bias of a token that the vocabulary has not.
+    Raises EngineError for a logit bias of a token that the vocabulary has not, or a grammar that llama.cpp refuses.
     """
 
     def __init__(
-        self, sampling: Sampling, seed: int, vocabulary: Vocabulary, *, n_ctx: int, recent: Sequence[int] = ()
+        self,
+        sampling: Sampling,
+        seed: int,
+        vocabulary: Vocabulary,
+        *,
+        n_ctx: int,
+        recent: Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self._sampling, self._seed, self._vocabulary, self._n_ctx = sampling, seed, vocabulary, n_ctx
         n_tokens = vocabulary.n_tokens
@@ -41,8 +48,15 @@ class Sampler:
                 raise EngineError(f"logit bias of token {token}: the model has {n_tokens} tokens, 0 to {n_tokens - 1}")
         self._ids = np.arange(n_tokens, dtype=np.int32)
         self._candidates = np.zeros(n_tokens, CANDIDATE)
+        self._grammar: Any = None
         self._chain: Any = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         try:
+            if grammar is not None:
+                self._grammar = lib.llama_sampler_init_grammar(vocabulary.pointer, grammar.text.encode(), b"root")
+                if not self._grammar:
+                    raise EngineError(
+                        "llama.cpp refuses the grammar: it names a token that the model has not, or repeats too much"
+                    )
             for name in chain(sampling):
                 sampler = self._build(name)
                 lib.llama_sampler_chain_add(self._chain, sampler)
@@ -60,14 +74,47 @@ class Sampler:
         return [lib.llama_sampler_name(lib.llama_sampler_chain_get(self._chain, i)).decode() for i in range(n)]
 
     def candidates(self, logits: NDArray[np.float32]) -> tuple[NDArray[Any], int]:
-        """Run the chain on logits (n_vocab,): the tokens it leaves, as CANDIDATE, and which of them it drew.
+        """Run grammar and chain on logits (n_vocab,): the tokens they leave, as CANDIDATE, and which of them is drawn.
 
         The array is a view that the next call overwrites. Raises EngineError where nothing is left to draw.
         """
+        return self._run(logits, masked=self._grammar is not None)
+
+    def draw(self, logits: NDArray[np.float32]) -> int:
+        """Draw from logits (n_vocab,), and tell the chain what was drawn. Errors as in `candidates`.
+
+        As in llama.cpp, a token is drawn without the grammar, and only where the grammar refuses that one are all
+        tried, which takes far longer. Where nothing is cut, the distribution is the same. (llama.cpp 0c1e57098,
+        common/sampling.cpp, `common_sampler_sample`.) Mirostat learns from every token that it draws, so it gets one.
+        """
+        masked = self._grammar is not None and self._sampling.mirostat > 0
+        tokens, selected = self._run(logits, masked=masked)
+        token = int(tokens["id"][selected])
+        if self._grammar is not None and not masked and not self._goes_on(token):
+            tokens, selected = self._run(logits, masked=True)
+            token = int(tokens["id"][selected])
+        if self._grammar is not None:
+            lib.llama_sampler_accept(self._grammar, token)
+        lib.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _goes_on(self, token: int) -> bool:
+        """Whether the grammar allows the token here."""
+        one = lib.llama_token_data(token, 0.0, 0.0)
+        lib.llama_sampler_apply(
+            self._grammar, ctypes.byref(lib.llama_token_data_array(ctypes.pointer(one), 1, -1, False))
+        )
+        return bool(np.isfinite(one.logit))
+
+    def _run(self, logits: NDArray[np.float32], *, masked: bool) -> tuple[NDArray[Any], int]:
         self._candidates["id"], self._candidates["logit"], self._candidates["p"] = self._ids, logits, 0
         start = self._candidates.ctypes.data
         data = ctypes.cast(start, ctypes.POINTER(lib.llama_token_data))
         left = lib.llama_token_data_array(data, len(self._candidates), -1, False)
+        if masked:
+            lib.llama_sampler_apply(self._grammar, ctypes.byref(left))
+            if not np.isfinite(self._candidates["logit"].max()):
+                raise EngineError("no token is left to draw: the model has none with which the grammar could go on")
         lib.llama_sampler_apply(self._chain, ctypes.byref(left))
         first = (ctypes.addressof(left.data.contents) - start) // CANDIDATE.itemsize  # XTC moves it
         tokens = self._candidates[first : first + left.size]
@@ -75,17 +122,13 @@ class Sampler:
             raise EngineError("no token is left to draw: the model or the sampling settings rule out every one")
         return tokens, int(left.selected)
 
-    def draw(self, logits: NDArray[np.float32]) -> int:
-        """Draw from logits (n_vocab,), and tell the chain what was drawn. Errors as in `candidates`."""
-        tokens, selected = self.candidates(logits)
-        token = int(tokens["id"][selected])
-        lib.llama_sampler_accept(self._chain, token)
-        return token
-
     def close(self) -> None:
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
             self._chain = None
+        if self._grammar:
+            lib.llama_sampler_free(self._grammar)
+        self._grammar = None
 
     def _window(self, window: int) -> int:
         """llama.cpp keeps an array as long as the window, so it must not be longer than need be."""

@@ -33,6 +33,7 @@ from runtime.events import (
     Silent,
     Stop,
 )
+from runtime.grammar import Grammar
 from runtime.obituary import rebuild
 from runtime.worker import Worker
 
@@ -65,14 +66,20 @@ class Session:
             yield from self._loading()
 
     def reply(
-        self, messages: Sequence[Message], sampling: Sampling, *, logprobs: int | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[ReplyEvent]:
         """Answer the conversation: `PromptProgress`…, `Piece`…, `Finished`. Raises UserError.
 
-        `logprobs`: pieces carry their tokens' log-probabilities, and of as many likeliest ones.
+        `logprobs`: pieces carry their tokens' log-probabilities, and of as many likeliest ones. The answer keeps to
+        `grammar`.
         A caller that leaves early stops the answer; the next reply starts clean.
         """
-        reply = Reply(tuple(messages), sampling, logprobs)
+        reply = Reply(tuple(messages), sampling, logprobs, grammar)
         try:
             yield from self._replying(reply)
         except WorkerDiedError as death:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from quant.kernels import best
+from tui.cli import main
 
 BISE = str(Path(sys.executable).parent / "bise")
 DEMO_MODEL = Path(__file__).parent.parent / "quant/demo/model"
@@ -171,6 +172,52 @@ def test_a_gguf_that_models_yaml_does_not_know(
     )
     assert run.stdout.strip()
     assert "nonsense" not in run.stderr, "nothing says that this is the demo"
+
+
+def test_ask_answers_in_the_form_of_a_schema_or_says_that_it_was_cut_off(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    schema, question = tmp_path / "schema.json", ("ask", "Define a horse.", "--model", "demo", "--seed", "1")
+    schema.write_text(
+        '{"properties": {"legs": {"enum": [2, 4]}, "word": {"maxLength": 9}}, "required": ["legs", "word"]}'
+    )
+    run = bise(environment, *question, "--schema", schema, "--temperature", "1.5")
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["legs"] in (2, 4)
+    assert len(answer["word"]) <= 9
+    cut = bise(environment, *question, "--schema", schema, "--max-tokens", "3")
+    assert cut.returncode == 1
+    assert "bise: the answer was cut off after 3 tokens, before its form was complete" in cut.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--grammar", 'root ::= "a', "line 1, column 10: this text has no closing quote"),
+        ("--schema", '{"type": "strin"}', "#/type: 'strin' is not a type"),
+        ("--schema", '{"type": ', "not valid JSON: Expecting value: line 1 column 10"),
+        ("--schema", "[" * 100_000, "not valid JSON: "),
+        ("--grammar", b"\xff", "not text in UTF-8"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_faulty_form_is_refused_with_its_place_before_anything_is_loaded(
+    tmp_path: Path,
+    option: str,
+    text: str | bytes,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "form"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert main(["ask", "hi", "--model", "demo", option, str(path)]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"bise: {path}: {message}")
+    assert (told.out, told.err.count("\n")) == ("", 1)
 
 
 def test_ask_takes_the_model_used_last(environment: dict[str, str], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from runtime.events import (
     ReplyEvent,
     Sampling,
 )
+from runtime.grammar import Grammar
 from runtime.memory_watch import resident_bytes
 from runtime.prompts import Prompter
 from runtime.session import Session
@@ -211,7 +212,7 @@ class SpeltModel:
         on_progress(len(ids), len(ids), 0)
         return 0
 
-    def start_sampling(self, sampling: Sampling) -> str:
+    def start_sampling(self, sampling: Sampling, grammar: Grammar | None) -> str:
         self._next = 0
         return "one after the other"
 

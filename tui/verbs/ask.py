@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tui.choose import add_model_arguments
@@ -9,6 +10,7 @@ from tui.engine_options import add_engine_arguments, add_sampling_arguments
 
 if TYPE_CHECKING:
     from runtime.events import Finished, Likelihood, Notice, Piece, Silent
+    from runtime.grammar import Grammar
 
 HELP = "one answer on stdout"
 
@@ -18,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="default: the one used last, else SmolLM2, else the demo")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--stats", action="store_true", help="tokens and speed on stderr at the end")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that is valid under this JSON schema")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="answer in the form of this GBNF grammar")
     parser.add_argument("--json", action="store_true", help="the answer and what is known of it, as JSON at the end")
     parser.add_argument(
         "--logprobs", type=int, metavar="K", help="log-probabilities of each token and of the K likeliest; needs --json"
@@ -45,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise EngineError("--logprobs are told as JSON; add --json")
     if arguments.logprobs is not None and arguments.logprobs < 0:
         raise EngineError(f"--logprobs {arguments.logprobs} is not a number of tokens")
+    grammar = _grammar(arguments)
     with ProgressLine("loading") as line:
         choice = choose(arguments.model, arguments.level, arguments.models, line.say)
         if choice.notice:
@@ -70,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     finished = None
     pieces: list[Piece] = []
     try:
-        for event in session.reply(messages, sampling, logprobs=arguments.logprobs):
+        for event in session.reply(messages, sampling, logprobs=arguments.logprobs, grammar=grammar):
             if isinstance(event, Piece):
                 if arguments.json:
                     pieces.append(event)
@@ -94,6 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
         _report(finished, stats=arguments.stats)
         if arguments.show_sampling:
             print(f"sampling: {finished.sampling}", file=sys.stderr)
+        if grammar is not None and finished.reason != "end":
+            raise EngineError(
+                f"the answer was cut off after {finished.answer_tokens} tokens, before its form was complete; raise "
+                "--max-tokens or --context, or bound the form (in a schema: maxLength, maxItems)"
+            )
     return 0
 
 
@@ -120,6 +131,30 @@ def _said(event: "Notice | Silent") -> str:
     if isinstance(event, Notice):
         return f"bise: {event.text}"
     return f"bise: no sign of the engine for {event.seconds:.0f} s; Ctrl-C ends it"
+
+
+def _grammar(arguments: argparse.Namespace) -> "Grammar | None":
+    """What `--schema` or `--grammar` name. Raises GrammarError with the file and the place in it."""
+    import json
+
+    from runtime.errors import GrammarError
+    from runtime.grammar import Grammar
+    from runtime.json_schema import grammar_of
+
+    path: Path | None = arguments.schema or arguments.grammar
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        return grammar_of(json.loads(text)) if arguments.schema else Grammar(text)
+    except OSError as error:
+        raise GrammarError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise GrammarError(f"{path}: not text in UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise GrammarError(f"{path}: not valid JSON: {error}") from None
+    except GrammarError as error:
+        raise GrammarError(f"{path}: {error}") from None
 
 
 def _report(finished: "Finished", *, stats: bool) -> None:

@@ -103,16 +103,18 @@ def encode(
     name: str = "a tensor",
     kernels: Kernels | None = None,
     search: Search = Search.GGML,
+    means: "NDArray[np.float32] | None" = None,
 ) -> "NDArray[np.uint8]":
     """Checked rows (count, row_length) as blocks of `type_`: (count * row_bytes,), by the best kernels or those given.
 
-    `importance` (row_length,), finite and not negative, says how much each column matters, the same for all rows.
-    Raises UnusableImportanceError, with the tensor's name, where it makes blocks that hold no numbers.
+    `importance` (row_length,), finite and not negative, says how much each column matters, the same for all rows, and
+    `means` (row_length,), for the best search, what it is multiplied with on average. Raises UnusableImportanceError,
+    with the tensor's name, where it makes blocks that hold no numbers.
     """
     import numpy as np
 
     blocks = np.empty(rows.shape[0] * row_bytes(type_, rows.shape[1]), np.uint8)
-    (kernels or best()).encode(rows, type_, blocks, importance, search)
+    (kernels or best()).encode(rows, type_, blocks, importance, search, means)
     if importance is not None and not _all_finite(blocks, type_):
         raise UnusableImportanceError(
             f"{name} cannot be {type_.name} with this importance matrix: its values for it, up to "

@@ -1,5 +1,7 @@
 """The longer search: what it finds is read back by ggml and weighed by hand."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -12,72 +14,94 @@ from tests.test_kernels import BUILDS, DISTRIBUTIONS, IMPORTANCES, SHAPE
 
 Rows = NDArray[np.float32]
 
-SIGMA_FACTOR = {GgmlType.Q2_K: 1, GgmlType.Q6_K: 1}
-"""Of the mean square in the measure with an importance matrix, where it is not 2 as in ggml's own."""
+GAIN = 2
+"""How much more a miss along the weights costs (measure.h)."""
+
+Columns = tuple[Rows | None, Rows | None]
+"""Importance and means."""
 
 
-def _blocks(rows: Rows, type_: GgmlType, importance: Rows | None, search: Search, lanes: int = 4) -> NDArray[np.uint8]:
+def _columns() -> Iterator[tuple[str, Columns]]:
+    """Every importance alone, and two with means that take up to all of it."""
+    rng = np.random.default_rng(3)
+    for name, importance in IMPORTANCES.items():
+        yield name, (importance, None)
+    for name in ("gamma", "some zero"):
+        importance = IMPORTANCES[name]
+        assert importance is not None
+        share = rng.uniform(-1, 1, importance.shape)
+        yield f"{name} with means", (importance, (share * np.sqrt(importance)).astype(np.float32))
+
+
+COLUMNS = dict(_columns())
+
+
+def _blocks(rows: Rows, type_: GgmlType, columns: Columns, search: Search, lanes: int = 4) -> NDArray[np.uint8]:
     out = np.empty(rows.size // 256 * block_bytes(type_), np.uint8)
-    BUILDS[lanes].encode(rows, type_, out, importance, search)
+    importance, means = columns
+    BUILDS[lanes].encode(rows, type_, out, importance, search, means)
     return out
 
 
-def _errors(rows: Rows, type_: GgmlType, importance: Rows | None, blocks: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Of each super-block, by the measure of refine.h: (super-blocks,)."""
+def _costs(rows: Rows, type_: GgmlType, columns: Columns, blocks: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Of each super-block, by the measure of measure.h: (super-blocks,)."""
     back = np.empty_like(rows)
     dequantize(blocks, type_, back)
     with np.errstate(invalid="ignore"):  # ggml makes scales of a few of these rows infinite
         x, miss = (array.reshape(-1, 256).astype(np.float64) for array in (rows, rows - back))
-    factor = 1 if importance is None else SIGMA_FACTOR.get(type_, 2)
-    weight = np.sqrt(factor * (x**2).mean(axis=1, keepdims=True) + x**2)
-    if importance is not None:
-        weight *= np.tile(importance, len(rows)).reshape(-1, 256)
-    with np.errstate(invalid="ignore"):
-        sums: NDArray[np.float64] = (weight * miss**2).sum(axis=1)
-    return sums
+        importance, means = (
+            np.tile(column if column is not None else np.full(rows.shape[1], other), len(rows)).reshape(-1, 256)
+            for column, other in zip(columns, (1.0, 0.0), strict=True)
+        )
+        rise = np.sqrt((x**2).mean(axis=1, keepdims=True) + x**2)
+        weight = np.maximum(importance - means.astype(np.float64) ** 2, 0.1 * importance) * rise
+        gain = (weight * x * miss).sum(axis=1) ** 2 / np.maximum((weight * x**2).sum(axis=1), 1e-300)
+        costs: NDArray[np.float64] = (
+            (weight * miss**2).sum(axis=1) + rise.mean(axis=1) * (means * miss).sum(axis=1) ** 2 + GAIN * gain
+        )
+    return costs
 
 
 @pytest.mark.parametrize("type_", SEARCHED, ids=lambda type_: type_.name)
-@pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES.keys())
-def test_no_super_block_is_worse_than_ggmls(type_: GgmlType, importance: Rows | None) -> None:
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS.keys())
+def test_no_super_block_is_worse_than_ggmls(type_: GgmlType, columns: Columns) -> None:
     """A level halfway between two may fall either way, hence the last digits."""
     for name, rows in DISTRIBUTIONS.items():
         before, after = (
-            _errors(rows, type_, importance, _blocks(rows, type_, importance, search))
-            for search in (Search.GGML, Search.BEST)
+            _costs(rows, type_, columns, _blocks(rows, type_, columns, search)) for search in (Search.GGML, Search.BEST)
         )
         usable = np.isfinite(before)
         assert (after[usable] <= before[usable] * (1 + 1e-4) + 1e-30).all(), name
 
 
 @pytest.mark.parametrize("type_", SEARCHED, ids=lambda type_: type_.name)
-@pytest.mark.parametrize("importance", ["none", "gamma"])
-def test_ordinary_weights_lose_error_in_most_super_blocks(type_: GgmlType, importance: str) -> None:
-    rows, weights = DISTRIBUTIONS["BF16"], IMPORTANCES[importance]
+@pytest.mark.parametrize("name", ["none", "gamma", "gamma with means"])
+def test_ordinary_weights_cost_less_in_most_super_blocks(type_: GgmlType, name: str) -> None:
+    rows, columns = DISTRIBUTIONS["BF16"], COLUMNS[name]
     before, after = (
-        _errors(rows, type_, weights, _blocks(rows, type_, weights, search)) for search in (Search.GGML, Search.BEST)
+        _costs(rows, type_, columns, _blocks(rows, type_, columns, search)) for search in (Search.GGML, Search.BEST)
     )
     assert (after < before).mean() > 0.9
     assert after.sum() < 0.98 * before.sum()
 
 
 @pytest.mark.parametrize("type_", SEARCHED, ids=lambda type_: type_.name)
-@pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES.keys())
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS.keys())
 def test_every_build_makes_the_same_blocks_and_they_are_valid_where_ggmls_are(
-    type_: GgmlType, importance: Rows | None
+    type_: GgmlType, columns: Columns
 ) -> None:
     for name, rows in DISTRIBUTIONS.items():
-        first, *others = (_blocks(rows, type_, importance, Search.BEST, lanes) for lanes in BUILDS)
+        first, *others = (_blocks(rows, type_, columns, Search.BEST, lanes) for lanes in BUILDS)
         assert all(np.array_equal(first, other) for other in others), name
-        assert validate(first, type_) or not validate(_blocks(rows, type_, importance, Search.GGML), type_), name
+        assert validate(first, type_) or not validate(_blocks(rows, type_, columns, Search.GGML), type_), name
 
 
 def test_how_a_tile_is_filled_changes_nothing() -> None:
     rows = DISTRIBUTIONS["BF16"].reshape(1, -1)[:, : 33 * 256].copy()
     for type_ in SEARCHED:
-        whole = _blocks(rows, type_, None, Search.BEST, max(BUILDS)).reshape(-1, block_bytes(type_))
+        whole = _blocks(rows, type_, (None, None), Search.BEST, max(BUILDS)).reshape(-1, block_bytes(type_))
         for i in range(33):
-            alone = _blocks(rows[:, i * 256 : (i + 1) * 256].copy(), type_, None, Search.BEST, max(BUILDS))
+            alone = _blocks(rows[:, i * 256 : (i + 1) * 256].copy(), type_, (None, None), Search.BEST, max(BUILDS))
             assert np.array_equal(alone, whole[i]), (type_, i)
 
 

@@ -48,11 +48,13 @@ class Kernels:
         out: "NDArray[np.uint8]",
         importance: "NDArray[np.float32] | None" = None,
         search: Search = Search.GGML,
+        means: "NDArray[np.float32] | None" = None,
     ) -> None:
         """Store finite rows (n_rows, row_length) as `type_` into `out` (n_rows * row_bytes,).
 
-        `importance` (row_length,), finite and not negative, weighs the error of each column. Raises KernelsError where
-        `search` is more than these kernels can.
+        `importance` (row_length,), finite and not negative, weighs the error of each column. `means` (row_length,), of
+        what each column is multiplied with, are for the best search alone. Raises KernelsError where `search` is more
+        than these kernels can.
         """
         self.check(type_, search)
         if self.library is None or type_ not in TYPES:
@@ -62,19 +64,19 @@ class Kernels:
         assert rows.dtype == "float32", rows.dtype
         assert all(array.flags.c_contiguous for array in (rows, out))
         assert out.nbytes == n_rows * row_bytes(type_, row_length), (out.nbytes, n_rows, row_length, type_.name)
-        weights = None
-        if importance is not None:
-            assert importance.dtype == "float32", importance.dtype
-            assert importance.shape == (row_length,), (importance.shape, row_length)
-            assert importance.flags.c_contiguous
-            weights = importance.ctypes.data
+        for columns in (importance, means):
+            if columns is not None:
+                assert columns.dtype == "float32", columns.dtype
+                assert columns.shape == (row_length,), (columns.shape, row_length)
+                assert columns.flags.c_contiguous
         referred = self.library.bise_kernels_quantize(
             type_,
             search is Search.BEST,
             rows.ctypes.data,
             n_rows,
             row_length,
-            weights,
+            importance.ctypes.data if importance is not None else None,
+            means.ctypes.data if means is not None else None,
             out.ctypes.data,
             quantize_address(),
         )
@@ -119,9 +121,7 @@ def _open(lanes: int) -> ctypes.CDLL | None:
             pointer,
             count,
             count,
-            pointer,
-            pointer,
-            pointer,
+            *[pointer] * 4,
         ]
         library.bise_kernels_quantize.restype = ctypes.c_int64
         library.bise_kernels_best_lanes.argtypes = []

@@ -57,14 +57,15 @@ static Ints quantize_affine(Tile &tile, bool has_importance, int top, int scale_
     }
     d = to_halves(d, scales.d);
     dmin = to_halves(dmin, scales.dmin);
+    Measure measure;
     if (tile.is_refined) {
-        weigh_for_refinement(tile, has_importance);
+        measure_of(tile, measure);
         AffineFactors<count> factors = {d, dmin, {}, {}};
         for (int j = 0; j < count; j++) {
             factors.scale[j] = scales.scale[j];
             factors.minimum[j] = scales.minimum[j];
         }
-        refine_affine<N>(tile, (float)top, (float)scale_top, factors);
+        refine_affine<N>(tile, measure, (float)top, (float)scale_top, factors);
         d = to_halves(factors.d, scales.d);
         dmin = to_halves(factors.dmin, scales.dmin);
         for (int j = 0; j < count; j++) {
@@ -72,14 +73,16 @@ static Ints quantize_affine(Tile &tile, bool has_importance, int top, int scale_
             scales.minimum[j] = factors.minimum[j];
         }
     }
+    Lanes step_of[count], base_of[count];
     for (int j = 0; j < count; j++) {
-        const Lanes step = d * scales.scale[j], base = dmin * scales.minimum[j];
+        const Lanes step = step_of[j] = d * scales.scale[j], base = base_of[j] = dmin * scales.minimum[j];
         const Ints flat = step == zero;  // ggml then leaves the levels of the search
         for (int i = j * N; i < (j + 1) * N; i++) {
             const Lanes found = flat ? inverse[j] * (tile.x[i] - offset[j]) : (tile.x[i] + base) / step;
             tile.level[i] = within(nearest_int(found), 0, top);
         }
     }
+    if (tile.is_refined) settle_levels<N>(tile, measure, top, step_of, base_of);
     return inexact;
 }
 

@@ -70,10 +70,11 @@ int bise_kernels_best_lanes(void) {
     return 4;
 }
 
-// Rows (n_rows, row_length) → blocks of `type`. `importance` (row_length,) or null. Gives the super-blocks that
+// Rows (n_rows, row_length) → blocks of `type`. `importance` and `means` are (row_length,) or null; only a refinement
+// looks at the means. Gives the super-blocks that
 // `reference` made, or -1 for a type that is not made here.
 int64_t bise_kernels_quantize(int type, bool is_refined, const float *rows, int64_t n_rows, int64_t row_length,
-                              const float *importance, uint8_t *out, Reference reference) {
+                              const float *importance, const float *means, uint8_t *out, Reference reference) {
     if (type == Q8_0) {
         quantize_q8(rows, n_rows * row_length / 32, out);
         return 0;
@@ -88,14 +89,15 @@ int64_t bise_kernels_quantize(int type, bool is_refined, const float *rows, int6
             tile.count = (int)(total - first < LANES ? total - first : LANES);
             tile.block_bytes = format.block_bytes;
             tile.out = out + first * format.block_bytes;
-            const float *weights[LANES], *importances[LANES];
+            const float *weights[LANES];
             for (int lane = 0; lane < LANES; lane++) {
                 const int64_t block = first + (lane < tile.count ? lane : 0);
                 weights[lane] = rows + block * SUPER;
-                if (importance) importances[lane] = importance + block % per_row * SUPER;
+                tile.importance[lane] = importance ? importance + block % per_row * SUPER : nullptr;
+                tile.means[lane] = means ? means + block % per_row * SUPER : nullptr;
             }
             transpose(weights, tile.x);
-            if (importance) transpose(importances, tile.weight);
+            if (importance) transpose(tile.importance, tile.weight);
             const Ints inexact = format.quantize(tile, importance != nullptr);
             if (!any(inexact)) continue;
             for (int lane = 0; lane < tile.count; lane++) {

@@ -1,25 +1,18 @@
-// A second search, after ggml's: scales and minima of less error, in blocks of the same format and size.
+// A second search, after ggml's: blocks that cost less by the measure of measure.h, in the same format and size.
 //
-// It starts from ggml's answer and keeps the best it has seen of each super-block, so by its measure it is never worse.
-// A round moves the scale (and minimum) of each sub-block to the best of its neighbours, then fits the factors d (and
-// dmin) that the sub-blocks share by least squares. Levels are always those nearest to the weights.
-//
-// The measure is importance * sqrt(mean square + x²) * miss², the one ggml itself takes where there is an importance
-// matrix; without one all importance is 1. README.md has what other measures gave.
+// It starts from ggml's answer and keeps the best it has seen of each super-block. A round moves the scale (and minimum)
+// of each sub-block to the best of its neighbours, then fits the factors d (and dmin) that the sub-blocks share by least
+// squares; levels are those nearest to the weights. At the end the levels settle: each moves to its other neighbour where
+// that makes misses cancel. No step raises the cost, so no block costs more than ggml's.
 
 #pragma once
 
-#include "tile.h"
+#include "measure.h"
 
 static const int ROUNDS = 4;
-static const int RADIUS = 2;  // how far neighbours reach
-
-// Replaces the weights of a tile, which ggml's search has used, by those of the measure.
-static inline void weigh_for_refinement(Tile &tile, bool is_weighed) {
-    if (is_weighed) return;
-    for (int i = 0; i < SUPER; i++) tile.weight[i] = every(1.f);
-    weigh_by_importance<16>(tile, 1);
-}
+static const int RADIUS = 2;  // how far neighbours of a scale reach
+static const int WIDTH = 2 * RADIUS + 1;
+static const int PASSES = 2;  // over the levels
 
 // What the formats of affine.h keep of a super-block, but for the levels.
 template <int SUB_BLOCKS>
@@ -28,49 +21,60 @@ struct AffineFactors {
     Lanes scale[SUB_BLOCKS], minimum[SUB_BLOCKS];  // whole numbers
 };
 
-// Errors of a sub-block of N weights at one step and C bases.
-template <int N, int C>
-LANEWISE void affine_errors(const Lanes *x, const Lanes *weight, float top, Lanes step, const Lanes *base, Lanes *error) {
-    const Lanes inverse = step > Lanes{} ? 1.f / step : Lanes{};
-    for (int c = 0; c < C; c++) error[c] = Lanes{};
-    for (int i = 0; i < N; i++)
-        for (int c = 0; c < C; c++) {
-            const Lanes above = x[i] + base[c];
-            const Lanes miss = above - step * within(rounded(above * inverse), 0.f, top);
-            error[c] += weight[i] * (miss * miss);
-        }
+// What x misses at a step and a base, and the level it is nearest to.
+LANEWISE Lanes affine_miss(Lanes x, float top, Lanes step, Lanes inverse, Lanes base, Lanes &level) {
+    level = within(rounded((x + base) * inverse), 0.f, top);
+    return x + base - step * level;
 }
 
+LANEWISE Lanes inverse_of(Lanes step) { return step != Lanes{} ? 1.f / step : Lanes{}; }
+
+// The misses of N weights from `first` on.
 template <int N>
-LANEWISE Lanes affine_error(const Lanes *x, const Lanes *weight, float top, Lanes step, Lanes base) {
-    Lanes error;
-    affine_errors<N, 1>(x, weight, top, step, &base, &error);
-    return error;
+LANEWISE Misses affine_misses(const Tile &tile, const Measure &measure, int first, float top, Lanes step, Lanes base) {
+    const Lanes inverse = inverse_of(step);
+    Misses sums = {};
+    for (int i = first; i < first + N; i++) {
+        Lanes level;
+        count_miss(sums, measure, i, tile.x[i], affine_miss(tile.x[i], top, step, inverse, base, level));
+    }
+    return sums;
 }
 
-// Moves scale and minimum of a sub-block to the best of their neighbours, and gives its error.
+// Moves scale and minimum of a sub-block to the best of their neighbours, where the others have the gain `beside`.
 template <int N>
-LANEWISE Lanes move_affine(const Lanes *x, const Lanes *weight, float top, float scale_top, Lanes d, Lanes dmin,
-                           Lanes &scale, Lanes &minimum) {
-    const int width = 2 * RADIUS + 1;
-    Lanes near_minimum[width], base[width], best_error = every(MAX_FLOAT);
-    for (int c = 0; c < width; c++) {
+LANEWISE void move_affine(const Tile &tile, const Measure &measure, int first, float top, float scale_top, Lanes beside,
+                          Lanes d, Lanes dmin, Lanes &scale, Lanes &minimum) {
+    Lanes near_minimum[WIDTH], base[WIDTH], best_cost = every(MAX_FLOAT);
+    for (int c = 0; c < WIDTH; c++) {
         near_minimum[c] = within(minimum + (float)(c - RADIUS), 0.f, scale_top);
         base[c] = dmin * near_minimum[c];
     }
     const Lanes middle = scale;
     for (int shift = -RADIUS; shift <= RADIUS; shift++) {
         const Lanes near_scale = within(middle + (float)shift, 0.f, scale_top);
-        Lanes error[width];
-        affine_errors<N, width>(x, weight, top, d * near_scale, base, error);
-        for (int c = 0; c < width; c++) {
-            const Ints better = error[c] < best_error;
-            best_error = better ? error[c] : best_error;
+        const Lanes step = d * near_scale, inverse = inverse_of(step);
+        Lanes error[WIDTH], gain[WIDTH];
+        for (int c = 0; c < WIDTH; c++) {
+            error[c] = Lanes{};
+            gain[c] = beside;
+        }
+        for (int i = first; i < first + N; i++)
+            for (int c = 0; c < WIDTH; c++) {
+                Lanes level;
+                const Lanes miss = affine_miss(tile.x[i], top, step, inverse, base[c], level);
+                const Lanes weighted = measure.weight[i] * miss;
+                error[c] += weighted * miss;
+                gain[c] += weighted * tile.x[i];
+            }
+        for (int c = 0; c < WIDTH; c++) {
+            const Lanes here = error[c] + measure.gain_factor * (gain[c] * gain[c]);
+            const Ints better = here < best_cost;
+            best_cost = better ? here : best_cost;
             scale = better ? near_scale : scale;
             minimum = better ? near_minimum[c] : minimum;
         }
     }
-    return best_error;
 }
 
 // Sums over a super-block whose least squares give d and dmin: of s²l², sml, m², slx and mx, each times its weight, with
@@ -80,17 +84,19 @@ struct AffineSums {
 };
 
 template <int N>
-LANEWISE void add_affine(AffineSums &sums, const Lanes *x, const Lanes *weight, float top, Lanes d, Lanes dmin, Lanes scale,
-                         Lanes minimum) {
-    const Lanes step = d * scale, base = dmin * minimum, inverse = step > Lanes{} ? 1.f / step : Lanes{};
+LANEWISE void add_affine(AffineSums &sums, const Tile &tile, const Measure &measure, int first, float top, Lanes d,
+                         Lanes dmin, Lanes scale, Lanes minimum) {
+    const Lanes step = d * scale, base = dmin * minimum, inverse = inverse_of(step);
     Lanes l2 = {}, l = {}, w = {}, xl = {}, wx = {};
-    for (int i = 0; i < N; i++) {
-        const Lanes level = within(rounded((x[i] + base) * inverse), 0.f, top), weighted = weight[i] * level;
-        l2 += weighted * level;
-        l += weighted;
-        w += weight[i];
-        xl += weighted * x[i];
-        wx += weight[i] * x[i];
+    for (int i = first; i < first + N; i++) {
+        const Lanes x = tile.x[i], weight = measure.weight[i];
+        Lanes level;
+        affine_miss(x, top, step, inverse, base, level);
+        l2 += weight * level * level;
+        l += weight * level;
+        w += weight;
+        xl += weight * level * x;
+        wx += weight * x;
     }
     sums.ss += scale * scale * l2;
     sums.sm += scale * minimum * l;
@@ -99,48 +105,57 @@ LANEWISE void add_affine(AffineSums &sums, const Lanes *x, const Lanes *weight, 
     sums.mx += minimum * wx;
 }
 
-// The least of Σ w (x - d s l + dmin m)²: ss d - sm dmin = sx and sm d - mm dmin = mx. Where that gives no two positive
-// numbers, dmin stays.
-LANEWISE void fit_factors(const AffineSums &sums, Lanes &d, Lanes &dmin) {
+// The d and dmin of least Σ w (x - d s l + dmin m)² + gain_factor (Σ w x (x - d s l + dmin m))², where Σ w x² times
+// gain_factor is GAIN. Where they are not both positive, dmin stays.
+LANEWISE void fit_factors(const Measure &measure, const AffineSums &sums, Lanes &d, Lanes &dmin) {
     const Lanes zero = {};
-    const Lanes determinant = sums.ss * sums.mm - sums.sm * sums.sm;
-    const Lanes both_d = (sums.sx * sums.mm - sums.sm * sums.mx) / determinant;
-    const Lanes both_dmin = (sums.sm * sums.sx - sums.ss * sums.mx) / determinant;
-    const Lanes only_d = (sums.sx + sums.sm * dmin) / sums.ss;
+    const Lanes ss = sums.ss + measure.gain_factor * sums.sx * sums.sx;
+    const Lanes sm = sums.sm + measure.gain_factor * sums.sx * sums.mx;
+    const Lanes mm = sums.mm + measure.gain_factor * sums.mx * sums.mx;
+    const Lanes sx = (1.f + GAIN) * sums.sx, mx = (1.f + GAIN) * sums.mx;
+    const Lanes determinant = ss * mm - sm * sm;
+    const Lanes both_d = (sx * mm - sm * mx) / determinant, both_dmin = (sm * sx - ss * mx) / determinant;
+    const Lanes only_d = (sx + sm * dmin) / ss;
     const Ints both = (determinant > zero) & (both_d > zero) & (both_dmin > zero);
-    const Ints only = (sums.ss > zero) & (only_d > zero);
-    d = both ? both_d : only ? only_d : d;
-    dmin = both ? both_dmin : dmin;
+    const Ints only = (ss > zero) & (only_d > zero);
+    d = as_half(both ? both_d : only ? only_d : d);
+    dmin = as_half(both ? both_dmin : dmin);
 }
 
 // Betters the factors of each lane's super-block, in sub-blocks of N.
 template <int N>
-static void refine_affine(const Tile &tile, float top, float scale_top, AffineFactors<SUPER / N> &best) {
+static void refine_affine(const Tile &tile, const Measure &measure, float top, float scale_top,
+                          AffineFactors<SUPER / N> &best) {
     const int count = SUPER / N;
-    Lanes best_error = {};
-    for (int j = 0; j < count; j++)
-        best_error += affine_error<N>(tile.x + j * N, tile.weight + j * N, top, best.d * best.scale[j],
-                                      best.dmin * best.minimum[j]);
+    Lanes best_cost = every(MAX_FLOAT);
     AffineFactors<count> now = best;
-    for (int round = 0; round < ROUNDS; round++) {
-        Lanes error = {};
-        AffineSums sums = {};
+    Misses sub_block[count];
+    for (int round = 0; round <= ROUNDS; round++) {
+        Misses whole = {};
         for (int j = 0; j < count; j++) {
-            const Lanes *x = tile.x + j * N, *weight = tile.weight + j * N;
-            error += move_affine<N>(x, weight, top, scale_top, now.d, now.dmin, now.scale[j], now.minimum[j]);
-            add_affine<N>(sums, x, weight, top, now.d, now.dmin, now.scale[j], now.minimum[j]);
+            sub_block[j] = affine_misses<N>(tile, measure, j * N, top, now.d * now.scale[j], now.dmin * now.minimum[j]);
+            add(whole, sub_block[j]);
         }
-        const Ints better = error < best_error;
-        best_error = better ? error : best_error;
+        AffineSums sums = {};
+        Misses moved = {};
+        for (int j = 0; round > 0 && j < count; j++) {
+            const Lanes beside = whole.gain - sub_block[j].gain;
+            move_affine<N>(tile, measure, j * N, top, scale_top, beside, now.d, now.dmin, now.scale[j], now.minimum[j]);
+            sub_block[j] = affine_misses<N>(tile, measure, j * N, top, now.d * now.scale[j], now.dmin * now.minimum[j]);
+            whole.gain = beside + sub_block[j].gain;
+            add(moved, sub_block[j]);
+            add_affine<N>(sums, tile, measure, j * N, top, now.d, now.dmin, now.scale[j], now.minimum[j]);
+        }
+        const Lanes now_cost = cost(measure, round > 0 ? moved : whole);
+        const Ints better = now_cost < best_cost;
+        best_cost = better ? now_cost : best_cost;
         best.d = better ? now.d : best.d;
         best.dmin = better ? now.dmin : best.dmin;
         for (int j = 0; j < count; j++) {
             best.scale[j] = better ? now.scale[j] : best.scale[j];
             best.minimum[j] = better ? now.minimum[j] : best.minimum[j];
         }
-        fit_factors(sums, now.d, now.dmin);
-        now.d = as_half(now.d);
-        now.dmin = as_half(now.dmin);
+        if (round > 0) fit_factors(measure, sums, now.d, now.dmin);
     }
 }
 
@@ -150,74 +165,116 @@ struct SymmetricFactors {
     Lanes scale[16];  // whole numbers
 };
 
-// Errors of a sub-block of 16 weights at C steps, with levels -range … range - 1.
-template <int C>
-LANEWISE void symmetric_errors(const Lanes *x, const Lanes *weight, int range, const Lanes *step, Lanes *error) {
-    Lanes inverse[C];
-    for (int c = 0; c < C; c++) {
-        inverse[c] = step[c] != Lanes{} ? 1.f / step[c] : Lanes{};
-        error[c] = Lanes{};
-    }
-    for (int i = 0; i < 16; i++)
-        for (int c = 0; c < C; c++) {
-            const Lanes miss = x[i] - step[c] * within(rounded(x[i] * inverse[c]), (float)-range, (float)(range - 1));
-            error[c] += weight[i] * (miss * miss);
-        }
+LANEWISE Lanes symmetric_level(Lanes x, int range, Lanes inverse) {
+    return within(rounded(x * inverse), (float)-range, (float)(range - 1));
+}
+
+// The misses of 16 weights from `first` on.
+LANEWISE Misses symmetric_misses(const Tile &tile, const Measure &measure, int first, int range, Lanes step) {
+    const Lanes inverse = inverse_of(step);
+    Misses sums = {};
+    for (int i = first; i < first + 16; i++)
+        count_miss(sums, measure, i, tile.x[i], tile.x[i] - step * symmetric_level(tile.x[i], range, inverse));
+    return sums;
 }
 
 // Moves the scale of a sub-block to the best of its neighbours and of those of its negative, for one of the two signs
-// reaches a level further. Gives its error.
-LANEWISE Lanes move_symmetric(const Lanes *x, const Lanes *weight, int range, float scale_low, float scale_high, Lanes d,
-                              Lanes &scale) {
-    const int width = 2 * RADIUS + 1;
-    Lanes best_error = every(MAX_FLOAT);
+// reaches a level further. The other sub-blocks have the gain `beside`.
+LANEWISE void move_symmetric(const Tile &tile, const Measure &measure, int first, int range, float scale_low,
+                             float scale_high, Lanes beside, Lanes d, Lanes &scale) {
+    Lanes best_cost = every(MAX_FLOAT);
     const Lanes middle[2] = {scale, -scale};
     for (int sign = 0; sign < 2; sign++) {
-        Lanes near[width], step[width], error[width];
-        for (int c = 0; c < width; c++) {
+        Lanes near[WIDTH], step[WIDTH], inverse[WIDTH], error[WIDTH], gain[WIDTH];
+        for (int c = 0; c < WIDTH; c++) {
             near[c] = within(middle[sign] + (float)(c - RADIUS), scale_low, scale_high);
             step[c] = d * near[c];
+            inverse[c] = inverse_of(step[c]);
+            error[c] = Lanes{};
+            gain[c] = beside;
         }
-        symmetric_errors<width>(x, weight, range, step, error);
-        for (int c = 0; c < width; c++) {
-            const Ints better = error[c] < best_error;
-            best_error = better ? error[c] : best_error;
+        for (int i = first; i < first + 16; i++)
+            for (int c = 0; c < WIDTH; c++) {
+                const Lanes miss = tile.x[i] - step[c] * symmetric_level(tile.x[i], range, inverse[c]);
+                const Lanes weighted = measure.weight[i] * miss;
+                error[c] += weighted * miss;
+                gain[c] += weighted * tile.x[i];
+            }
+        for (int c = 0; c < WIDTH; c++) {
+            const Lanes here = error[c] + measure.gain_factor * (gain[c] * gain[c]);
+            const Ints better = here < best_cost;
+            best_cost = better ? here : best_cost;
             scale = better ? near[c] : scale;
         }
     }
-    return best_error;
+}
+
+// The d of least Σ w (x - d s l)² + gain_factor (Σ w x (x - d s l))²; `ss` and `sx` are Σ w s²l² and Σ w slx.
+LANEWISE Lanes fit_factor(const Measure &measure, Lanes ss, Lanes sx, Lanes d) {
+    const Lanes fitted = (1.f + GAIN) * sx / (ss + measure.gain_factor * sx * sx);
+    return ss > Lanes{} ? as_half(fitted) : d;
 }
 
 // Betters the factors of each lane's super-block.
-static void refine_symmetric(const Tile &tile, int range, float scale_low, float scale_high, SymmetricFactors &best) {
-    const Lanes zero = {};
-    Lanes best_error = zero;
-    for (int j = 0; j < 16; j++) {
-        const Lanes step = best.d * best.scale[j];
-        Lanes error;
-        symmetric_errors<1>(tile.x + j * 16, tile.weight + j * 16, range, &step, &error);
-        best_error += error;
-    }
+static void refine_symmetric(const Tile &tile, const Measure &measure, int range, float scale_low, float scale_high,
+                             SymmetricFactors &best) {
+    Lanes best_cost = every(MAX_FLOAT);
     SymmetricFactors now = best;
-    for (int round = 0; round < ROUNDS; round++) {
-        Lanes error = zero, sum_s2l2 = zero, sum_slx = zero;
+    Misses sub_block[16];
+    for (int round = 0; round <= ROUNDS; round++) {
+        Misses whole = {};
         for (int j = 0; j < 16; j++) {
-            const Lanes *x = tile.x + j * 16, *weight = tile.weight + j * 16;
-            error += move_symmetric(x, weight, range, scale_low, scale_high, now.d, now.scale[j]);
-            const Lanes step = now.d * now.scale[j], inverse = step != zero ? 1.f / step : zero;
-            Lanes l2 = zero, xl = zero;
-            for (int i = 0; i < 16; i++) {
-                const Lanes level = within(rounded(x[i] * inverse), (float)-range, (float)(range - 1));
-                l2 += weight[i] * level * level;
-                xl += weight[i] * level * x[i];
-            }
-            sum_s2l2 += now.scale[j] * now.scale[j] * l2;
-            sum_slx += now.scale[j] * xl;
+            sub_block[j] = symmetric_misses(tile, measure, j * 16, range, now.d * now.scale[j]);
+            add(whole, sub_block[j]);
         }
-        const Ints better = error < best_error;
-        best_error = better ? error : best_error;
+        Lanes ss = {}, sx = {};
+        Misses moved = {};
+        for (int j = 0; round > 0 && j < 16; j++) {
+            const Lanes beside = whole.gain - sub_block[j].gain;
+            move_symmetric(tile, measure, j * 16, range, scale_low, scale_high, beside, now.d, now.scale[j]);
+            const Lanes step = now.d * now.scale[j], inverse = inverse_of(step);
+            sub_block[j] = symmetric_misses(tile, measure, j * 16, range, step);
+            whole.gain = beside + sub_block[j].gain;
+            add(moved, sub_block[j]);
+            Lanes l2 = {}, xl = {};
+            for (int i = j * 16; i < (j + 1) * 16; i++) {
+                const Lanes level = symmetric_level(tile.x[i], range, inverse);
+                l2 += measure.weight[i] * level * level;
+                xl += measure.weight[i] * level * tile.x[i];
+            }
+            ss += now.scale[j] * now.scale[j] * l2;
+            sx += now.scale[j] * xl;
+        }
+        const Lanes now_cost = cost(measure, round > 0 ? moved : whole);
+        const Ints better = now_cost < best_cost;
+        best_cost = better ? now_cost : best_cost;
         best.d = better ? now.d : best.d;
         for (int j = 0; j < 16; j++) best.scale[j] = better ? now.scale[j] : best.scale[j];
-        now.d = sum_s2l2 > zero ? as_half(sum_slx / sum_s2l2) : now.d;
+        if (round > 0) now.d = fit_factor(measure, ss, sx, now.d);
     }
+}
+
+// Moves levels 0 … top, of values step * level - base in sub-blocks of N, to the other neighbour of their weight, one
+// after the other, wherever that lowers the cost of the super-block.
+template <int N>
+static void settle_levels(Tile &tile, const Measure &measure, int top, const Lanes *step, const Lanes *base) {
+    const Lanes zero = {};
+    Misses sums = {};
+    for (int i = 0; i < SUPER; i++)
+        count_miss(sums, measure, i, tile.x[i], tile.x[i] + base[i / N] - step[i / N] * floats(tile.level[i]));
+    for (int pass = 0; pass < PASSES; pass++)
+        for (int i = 0; i < SUPER; i++) {
+            const Lanes x = tile.x[i], level = floats(tile.level[i]), across = step[i / N];
+            const Lanes miss = x + base[i / N] - across * level;
+            const Lanes beyond = within(level + ((miss > zero) == (across > zero) ? every(1.f) : every(-1.f)), 0.f, (float)top);
+            const Lanes other = x + base[i / N] - across * beyond, change = other - miss;
+            const Lanes mean = sums.mean + measure.mean[i] * change, gain = sums.gain + measure.weight[i] * x * change;
+            const Lanes more = measure.weight[i] * (other * other - miss * miss) +
+                               measure.mean_factor * (mean * mean - sums.mean * sums.mean) +
+                               measure.gain_factor * (gain * gain - sums.gain * sums.gain);
+            const Ints better = more < zero;
+            tile.level[i] = better ? integers(beyond) : tile.level[i];
+            sums.mean = better ? mean : sums.mean;
+            sums.gain = better ? gain : sums.gain;
+        }
 }

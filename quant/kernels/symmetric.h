@@ -19,13 +19,24 @@ LANEWISE void store_symmetric(Tile &tile, int j, Lanes step, const Lanes *fallba
 }
 
 // Betters d and the 16 scales of each super-block; gives d, and its halves.
-static Lanes refined(const Tile &tile, int range, float scale_low, float scale_high, Lanes d, Lanes *scale_level,
-                     uint16_t *halves) {
+static Lanes refined(const Tile &tile, const Measure &measure, int range, float scale_low, float scale_high, Lanes d,
+                     Lanes *scale_level, uint16_t *halves) {
     SymmetricFactors factors = {d, {}};
     for (int j = 0; j < 16; j++) factors.scale[j] = scale_level[j];
-    refine_symmetric(tile, range, scale_low, scale_high, factors);
+    refine_symmetric(tile, measure, range, scale_low, scale_high, factors);
     for (int j = 0; j < 16; j++) scale_level[j] = factors.scale[j];
     return to_halves(factors.d, halves);
+}
+
+// Settles levels that are stored from 0 on.
+template <int RANGE>
+static void settle_symmetric(Tile &tile, const Measure &measure, Lanes d, const Lanes *scale_level) {
+    Lanes step[16], base[16];
+    for (int j = 0; j < 16; j++) {
+        step[j] = d * scale_level[j];
+        base[j] = step[j] * (float)RANGE;
+    }
+    settle_levels<16>(tile, measure, 2 * RANGE - 1, step, base);
 }
 
 // quantize_row_q3_K_ref, and q3_K_impl with importance.
@@ -64,11 +75,13 @@ static Ints quantize_q3(Tile &tile, bool has_importance) {
     }
     uint16_t halves[LANES];
     d = to_halves(d, halves);
+    Measure measure;
     if (tile.is_refined) {
-        weigh_for_refinement(tile, has_importance);
-        d = refined(tile, 4, -32, 31, d, scale_level, halves);
+        measure_of(tile, measure);
+        d = refined(tile, measure, 4, -32, 31, d, scale_level, halves);
     }
     for (int j = 0; j < 16; j++) store_symmetric<4>(tile, j, d * scale_level[j], level + j * 16);
+    if (tile.is_refined) settle_symmetric<4>(tile, measure, d, scale_level);
     pack_one_bit(tile, 2, 0);
     pack_two_bits(tile, 32);
     const auto six = [&](int j) { return integers(scale_level[j]) + 32; };  // four bits first, then the upper two
@@ -100,10 +113,10 @@ static Ints quantize_q6(Tile &tile, bool has_importance) {
     uint16_t halves[LANES];
     Lanes d = to_halves(1.f / per_scale, halves);
     for (int j = 0; j < 16; j++) scale_level[j] = smaller(rounded(per_scale * scale[j]), every(127.f));
+    Measure measure;
     if (tile.is_refined) {
-        if (has_importance) weigh_by_importance<16>(tile, 1);
-        weigh_for_refinement(tile, has_importance);
-        d = refined(tile, 32, -128, 127, d, scale_level, halves);
+        measure_of(tile, measure);
+        d = refined(tile, measure, 32, -128, 127, d, scale_level, halves);
     }
     for (int j = 0; j < 16; j++) {
         Lanes level[16];
@@ -113,6 +126,7 @@ static Ints quantize_q6(Tile &tile, bool has_importance) {
         }
         store_symmetric<32>(tile, j, d * scale_level[j], level);
     }
+    if (tile.is_refined) settle_symmetric<32>(tile, measure, d, scale_level);
     for (int half = 0; half < 2; half++) {
         const Ints *level = tile.level + half * 128;
         put_bytes(tile, half * 64, 64, [=](int i) { return (level[i] & 15) | (level[i + 64] & 15) << 4; });

@@ -17,6 +17,7 @@ struct Tile {
     int count;  // super-blocks; the lanes behind them repeat the first
     int block_bytes;
     bool is_refined;  // by refine.h
+    const float *importance[LANES], *means[LANES];  // of the columns of each super-block; null where there are none
     uint8_t *out;
 };
 

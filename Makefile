@@ -8,9 +8,10 @@ WHEEL_FLAGS := $(if $(CUDA),--cuda)
 OUT ?= demo-out
 BENCH_DIR ?= bench-out
 BENCH_SCALE ?= full
+QUALITY_DIR ?= quality-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint bench chat clean
+.PHONY: help setup demo test test-all check lint bench quality chat clean
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +41,18 @@ bench: $(VENV)/.installed ## speed, memory and traffic of kernels and `bise quan
 	$(BIN)/python -m benchmarks --dir "$(BENCH_DIR)" --scale $(BENCH_SCALE) $(if $(BENCH_ONLY),--only $(BENCH_ONLY)) \
 		$(if $(BENCH_THREADS),--threads $(BENCH_THREADS)) $(if $(BENCH_LEVELS),--levels $(BENCH_LEVELS))
 
+# QUALITY_DIR: where to work; QUALITY_LEVELS; QUALITY_CHUNKS: of each text, fewer are quicker
+quality: $(VENV)/.installed ## KL divergence of the demo's levels, of the longer search and of recipes, at equal size
+	$(BIN)/python -m benchmarks.quality --dir "$(QUALITY_DIR)" $(if $(QUALITY_LEVELS),--levels $(QUALITY_LEVELS)) \
+		$(if $(QUALITY_CHUNKS),--chunks $(QUALITY_CHUNKS))
+
 lint: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
 clean: ## remove the virtual environment and what `make demo` and `make bench` made; built wheels stay in the user's cache
-	rm -rf $(VENV) $(OUT) bench-out
+	rm -rf $(VENV) $(OUT) bench-out quality-out
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Bise needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -78,12 +78,12 @@ def _make(folder: Path, levels: Sequence[str], threads: int) -> dict[tuple[str, 
         _bise("imatrix", str(base), "--out", str(matrix), *count)
     given = ("--imatrix", str(matrix))
     _bise("quantize", MODEL, "--levels", ",".join(both), "--out", str(with_matrix), *given, *count)
-    files = {}
+    files, measured = {}, folder / "sensitivity.json"
     for level in levels:
         name = f"RECIPE-{level.replace('_', '')}"
         recipe = folder / "recipes" / f"{name}.yaml"
         if not recipe.exists():
-            place = ("--name", name, "--out", str(recipe), "--models", str(plain))
+            place = ("--name", name, "--out", str(recipe), "--models", str(plain), "--sensitivity", str(measured))
             _bise("recipe", MODEL, "--like", level, *given, *place, *count)
         _bise("quantize", MODEL, "--recipe", str(recipe), "--out", str(folder / "recipe"), *given, *count)
         files["recipe", level] = folder / "recipe" / name / f"{STEM}-{name}.gguf"

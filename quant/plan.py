@@ -129,6 +129,10 @@ class ConversionPlan:
         """Of each column of a tensor, (row_length,); None where it has none."""
         return self.importance.of(spec) if self.importance is not None else None
 
+    def means_of(self, spec: TensorSpec) -> "NDArray[np.float32] | None":
+        """What each column is multiplied with on average, (row_length,); None where that is not known."""
+        return self.importance.mean_of(spec) if self.importance is not None else None
+
 
 def plan_conversion(
     source: Source,

@@ -217,7 +217,7 @@ class Work:
         job.note(index, stored)
         rows = to_float32(stored, job.source.dtype)
         check_weights(rows, [encoding.type for encoding in job.targets], job.source.name, chunk.first)
-        importance = self._plan.importance_of(job.spec)
+        importance, means = self._plan.importance_of(job.spec), self._plan.means_of(job.spec)
         n_written = 0
         for encoding, targets in job.targets.items():
             if self._stop():
@@ -225,7 +225,9 @@ class Work:
             if encoding.type is job.source.dtype:
                 blocks = stored.view(np.uint8).reshape(-1).data
             else:
-                blocks = encode(rows, encoding.type, importance, job.spec.name, self._kernels, encoding.search).data
+                blocks = encode(
+                    rows, encoding.type, importance, job.spec.name, self._kernels, encoding.search, means
+                ).data
             within = chunk.first * row_bytes(encoding.type, job.spec.row_length)
             for files, file, tensor in targets:
                 files.write(file, tensor.offset + within, blocks)

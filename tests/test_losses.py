@@ -1,10 +1,12 @@
 """Distortion and sensitivity → losses: the encoder's errors by hand, fits and ranks whose answers are known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from quant.choosing.distortion import Distortion, distortions
 from quant.choosing.losses import fit, measured_losses, proxy_losses, rank_correlations, total
@@ -19,23 +21,33 @@ MATRIX = Path(__file__).parent / "reference" / "demo-imatrix.gguf"
 Q2_K, Q3_K, Q4_K, Q6_K, Q8_0 = GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.Q8_0
 
 
-@pytest.mark.parametrize("with_matrix", [False, True])
-def test_distortion_is_the_squared_error_of_what_ggml_makes(with_matrix: bool, demo: Path) -> None:
+@pytest.mark.parametrize("known", ["", "importance", "importance and means"])
+def test_distortion_is_the_squared_error_of_what_ggml_makes(known: str, demo: Path) -> None:
     """ggml's own encoder, gguf's decoder, and sums in float64."""
     source = open_source(DEMO, "Demo")
-    matrix = read_imatrix(MATRIX) if with_matrix else None
+    matrix = read_imatrix(MATRIX) if known else None
     name = "blk.3.attn_k.weight"
+    means = np.zeros(256, np.float32)
+    if matrix is not None and "means" in known:
+        means = (np.random.default_rng(0).uniform(-1, 1, 256) * np.sqrt(matrix.values[name])).astype(np.float32)
+        matrix = replace(matrix, means={name: means})
     (found,) = distortions(source, {name: (Q2_K, Q6_K, GgmlType.BF16)}, matrix, threads=2).values()
 
     stored = next(tensor for tensor in gguf.GGUFReader(demo).tensors if tensor.name == name)
     rows = gguf.dequantize(stored.data, stored.tensor_type)
     columns = matrix.values[name] if matrix is not None else np.ones(rows.shape[1], np.float32)
-    assert found.energy == pytest.approx(float((rows.astype(np.float64) ** 2 @ columns).sum()), rel=1e-5)
+
+    def expected(factors: NDArray[np.float64]) -> float:
+        """Of the square of the product with what has these mean squares and means, column by column independently."""
+        variance = columns.astype(np.float64) - means.astype(np.float64) ** 2
+        return float((factors**2 @ variance).sum() + ((factors @ means.astype(np.float64)) ** 2).sum())
+
+    assert found.energy == pytest.approx(expected(rows.astype(np.float64)), rel=1e-5)
     for type_ in (Q2_K, Q6_K):
         blocks = np.empty((len(rows), row_bytes(type_, rows.shape[1])), np.uint8)
         quantize(rows, type_, blocks, columns if matrix is not None else None)
         difference = gguf.dequantize(blocks, gguf.GGMLQuantizationType[type_.name]).astype(np.float64) - rows
-        assert found.errors[type_] == pytest.approx(float((difference**2 @ columns).sum()), rel=1e-4)
+        assert found.errors[type_] == pytest.approx(expected(difference), rel=1e-4)
     assert found.errors[GgmlType.BF16] == 0
 
 

@@ -74,7 +74,17 @@ def test_the_architecture_tree_names_every_module() -> None:
 
 def test_no_file_names_a_package_registry() -> None:
     hosts = ["py" + "pi.org", "python" + "hosted", "deb." + "debian", "npm" + "js."]
-    left_out = {".git", ".venv", "demo-out", "bench-out", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+    left_out = {
+        ".git",
+        ".venv",
+        "demo-out",
+        "bench-out",
+        "quality-out",
+        "__pycache__",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".pytest_cache",
+    }
     files = [path for path in ROOT.rglob("*") if not left_out & set(path.relative_to(ROOT).parts)]
     for path in files:
         if path.is_file() and path.suffix not in {".safetensors", ".model", ".txt", ".jsonl"}:

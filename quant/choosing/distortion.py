@@ -1,7 +1,8 @@
 """How far each tensor is from its weights at each type: made by the real encoder, taken back, and compared.
 
 The figure is the squared error of what a tensor's product gives, summed over its rows: Σ rows Σ columns m·(w − q)²,
-where m is the importance of a column, the mean square of what it is multiplied with. Without importance, m is 1. Large
+where m is the importance of a column, the mean square of what it is multiplied with. Without importance, m is 1. Where
+the means µ of the columns are known too, it is Σ rows (Σ columns (m − µ²)·(w − q)² + (Σ columns µ·(w − q))²). Large
 tensors are sampled: whole chunks of rows, evenly spread. Reads each chunk once for all types.
 """
 
@@ -133,20 +134,27 @@ def _measure(
     tensor = source.tensors[spec.name]
     rows = to_float32(reader.rows(tensor, chunk.first, chunk.count), tensor.dtype)
     check_weights(rows, types, tensor.name, chunk.first)
-    columns = importance.of(spec) if importance is not None else None
+    columns, means = (importance.of(spec), importance.mean_of(spec)) if importance is not None else (None, None)
     back = np.empty_like(rows)
-    found = [_weighted_square(rows, columns)]
+    found = [_weighted_square(rows, columns, means)]
     for type_ in types:
         if stopped():
             break
-        dequantize(encode(rows, type_, columns, spec.name, search=Encoding.of(type_, search).search), type_, back)
-        found.append(_weighted_square(np.subtract(back, rows, out=back), columns))
+        by = Encoding.of(type_, search).search
+        dequantize(encode(rows, type_, columns, spec.name, search=by, means=means), type_, back)
+        found.append(_weighted_square(np.subtract(back, rows, out=back), columns, means))
     return np.array(found)
 
 
-def _weighted_square(rows: "NDArray[np.float32]", columns: "NDArray[np.float32] | None") -> float:
-    """Σ rows Σ columns m·x² of (rows, row_length)."""
+def _weighted_square(
+    rows: "NDArray[np.float32]", columns: "NDArray[np.float32] | None", means: "NDArray[np.float32] | None"
+) -> float:
+    """Σ rows (Σ columns (m − µ²)·x² + (Σ columns µ·x)²) of (rows, row_length)."""
     import numpy as np
 
     squares = np.einsum("rc,rc->c", rows, rows).astype(np.float64)
-    return float(squares @ columns if columns is not None else squares.sum())
+    if columns is None:
+        return float(squares.sum())
+    if means is None:
+        return float(squares @ columns)
+    return float(squares @ np.maximum(columns - means**2, 0)) + float(((rows @ means).astype(np.float64) ** 2).sum())

@@ -165,15 +165,15 @@ class Disturbance:
                 "make it of; load a file of this model"
             )
         tensor = self._source.tensors[spec.name]
-        columns = self._importance.of(spec) if self._importance is not None else None
+        matrix = self._importance
+        columns, means = (matrix.of(spec), matrix.mean_of(spec)) if matrix is not None else (None, None)
+        by = Encoding.of(type_, self._search).search
 
         def make(chunk: Chunk) -> None:
             rows = to_float32(reader.rows(tensor, chunk.first, chunk.count), tensor.dtype)
             check_weights(rows, (type_,), tensor.name, chunk.first)
             values = np.empty_like(rows)
-            dequantize(
-                encode(rows, type_, columns, spec.name, search=Encoding.of(type_, self._search).search), type_, values
-            )
+            dequantize(encode(rows, type_, columns, spec.name, search=by, means=means), type_, values)
             start = chunk.first * row_bytes(stored, spec.row_length)
             data = values.view(np.uint8).reshape(-1) if stored is GgmlType.F32 else encode(values, stored)
             made[start : start + len(data)] = data

@@ -307,3 +307,21 @@ def test_the_longer_search_makes_levels_of_the_same_size_beside_the_others(
     )
     assert "ggml's kernels know only ggml's search" in _error(ggml)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_longer_search_asks_the_matrix_for_means(environment: dict[str, str], tmp_path: Path) -> None:
+    """Other means of one tensor make other blocks of that tensor alone; ggml's search does not look at them."""
+    sums = {f"blk.{i}.attn_q.weight": np.full(256, 2, np.float32) for i in range(2)}
+    made = {}
+    for sign in (1, -1):
+        totals = {name: np.where(np.arange(256) % 2, 1, sign).astype(np.float32) for name in sums}
+        totals["blk.1.attn_q.weight"] = np.ones(256, np.float32)
+        matrix = write_imatrix(tmp_path / f"m{sign}.gguf", sums, totals=totals)
+        out = tmp_path / str(sign)
+        run = bise(environment, "quantize", "demo", "--levels", "Q4_K_S,Q4_K_S-BEST", "--imatrix", matrix, "--out", out)
+        assert run.returncode == 0, run.stderr
+        for level in ("Q4_K_S", "Q4_K_S-BEST"):
+            made[sign, level] = gguf.GGUFReader(out / level / f"Demo-{level}.gguf").tensors
+    for level, expected in (("Q4_K_S", []), ("Q4_K_S-BEST", ["blk.0.attn_q.weight"])):
+        pairs = zip(made[1, level], made[-1, level], strict=True)
+        assert [a.name for a, b in pairs if not np.array_equal(a.data, b.data)] == expected

@@ -17,6 +17,10 @@ from runtime.library import shards
 from runtime.native_file import Header, read_header
 from runtime.placement import KV_BYTES, Split, Weights, Wish, check_tensor_split, place
 
+RESERVE = 2**29
+"""Bytes left of what is free on each GPU, for what CUDA takes while it computes, such as a layer's KV cache unpacked:
+an assumption. The driver's own context is gone from the free memory already."""
+
 
 def fitted(
     path: Path, settings: EngineSettings, devices: Sequence[Device], *, n_seq: int = 1, n_outputs: int = 1
@@ -40,12 +44,12 @@ def fitted(
     n_host_layers = min(max(n_host_layers, 0), shape.n_layers)
     if settings.tensor_split is not None:
         if split == "tensor":
-            check_tensor_split(shape, wish, settings.tensor_split, n_host_layers)
+            check_tensor_split(weights, shape, wish, settings.tensor_split, n_host_layers)
         return settings
     free = tuple(device.memory_free for device in gpus)
-    placement = place(weights, shape, wish, free, reserve=0, n_host_layers=n_host_layers)
+    placement = place(weights, shape, wish, free, RESERVE, n_host_layers=n_host_layers)
     if not placement.fits:
-        room = Room(free, reserve=0, host=host_memory()[0])
+        room = Room(free, RESERVE, host=host_memory()[0])
         found = nearest(weights, shape, wish, room)
         advice = "; or ".join(f"{each.change} ({each.price})" for each in found)
         raise EngineError(
@@ -105,7 +109,16 @@ def read_weights(path: Path) -> tuple[Weights, Shape] | None:
             output += n_bytes
     if "output.weight" not in tensors:  # tied: llama.cpp puts a second copy of the embeddings on the last device
         output += host
-    return Weights(host, tuple(layers), output), shape
+    bits = {
+        round(8 * tensors.get(f"blk.{i}.{name}.weight", 0) / n_elements, 2)
+        for i in range(shape.n_layers)
+        for name, n_elements in (
+            ("attn_output", shape.n_heads * shape.head_dim * shape.n_embd),
+            ("ffn_down", shape.n_ff * shape.n_embd),
+        )
+    }
+    block = 1 if bits <= {16, 32} else 32 if bits <= {8.5, 16, 32} else 256  # Q8_0 has 8.5 bits in blocks of 32
+    return Weights(host, tuple(layers), output, block), shape
 
 
 def _shape(header: Header) -> Shape | None:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from runtime.errors import EngineError
 from runtime.levels import Shape
+from runtime.parts import all_have_a_part, apportioned, n_groups
 
 Split = Literal["layer", "tensor"]
 """Whole layers to each device, or of every tensor a part to each device, which llama.cpp calls experimental."""
@@ -46,6 +47,8 @@ class Weights:
     layers: tuple[int, ...]
     output: int
     """output and output_norm: go with the last device."""
+    block: int = 256
+    """Elements of a block of the matrices' types, which cannot be cut; 256 is the most."""
 
     @property
     def total(self) -> int:
@@ -79,6 +82,8 @@ class DeviceUse:
     """Memory of the device without the reserve."""
     copied: int = 0
     """Room for layers that stay on the host, which CUDA copies over to read a prompt: an assumption, one layer."""
+    part: int = 0
+    """Where tensors are split: how many of the groups of heads lie here."""
 
     @property
     def total(self) -> int:
@@ -134,7 +139,7 @@ class Placement:
         on the host do not count.
         """
         if self.wish.split == "tensor":
-            return tuple(float(use.capacity) for use in self.uses)
+            return tuple(float(use.part) for use in self.uses)
         ends = [max(0.0, end - 0.5) for end in accumulate(use.n_layers for use in self.uses)]
         ends[-1] = sum(use.n_layers for use in self.uses) + 1.0
         return tuple(end - start for start, end in zip([0.0, *ends], ends, strict=False))
@@ -232,7 +237,7 @@ def place(
     copied = max(weights.layers[:n_host_layers], default=0)
     rest = replace(weights, layers=weights.layers[n_host_layers:])
     if wish.split == "tensor":
-        check_tensor_split(shape, wish, capacities, n_host_layers)
+        check_tensor_split(weights, shape, wish, [1] * len(capacities), n_host_layers)
         return Placement(_parts(rest, shape, wish, capacities), host, wish)
     uses = _ranges(rest, shape, wish, capacities, pipelined=not n_host_layers)
     return Placement((replace(uses[0], copied=copied), *uses[1:]), host, wish)
@@ -284,25 +289,28 @@ def _ranges(
 
 
 def _parts(weights: Weights, shape: Shape, wish: Wish, capacities: Sequence[int]) -> tuple[DeviceUse, ...]:
-    """Of every tensor and of the KV cache a part on each device, as large as its share of the memory.
+    """Of every tensor and of the KV cache a part on each device, as its memory is to the others'.
 
     Each device has a compute buffer as large as one device alone would have (read from the log of llama.cpp's `Meta`
-    device over two and three RPC devices). llama.cpp rounds the parts to whole heads, by turns over the layers.
+    device over two and three RPC devices).
     """
-    whole = sum(weights.layers) + weights.output
-    kv = kv_bytes(shape, wish, len(weights.layers))
+    whole, n_layers = sum(weights.layers) + weights.output, len(weights.layers)
+    kv = kv_bytes(shape, wish, n_layers)
     compute = compute_bytes(shape, wish, 0, 1)
-    total = sum(capacities) or 1
+    groups = n_groups(shape, weights.block, len(capacities))
+    parts = apportioned(groups, capacities)
+    if not all_have_a_part(shape, weights.block, parts):  # a share too small for the feed-forward network's blocks
+        parts = (1,) * len(capacities)
     return tuple(
-        DeviceUse(len(weights.layers), whole * own // total, kv * own // total, compute, own) for own in capacities
+        DeviceUse(n_layers, whole * part // sum(parts), kv * part // sum(parts), compute, own, part=part)
+        for part, own in zip(parts, capacities, strict=True)
     )
 
 
-def check_tensor_split(shape: Shape, wish: Wish, shares: Sequence[float], n_host_layers: int = 0) -> None:
-    """Raises EngineError where llama.cpp cannot, or should not, split tensors so.
-
-    With fewer KV heads than devices it computes NaN and reports no error (run over RPC: 2 heads on 3 devices).
-    """
+def check_tensor_split(
+    weights: Weights, shape: Shape, wish: Wish, shares: Sequence[float], n_host_layers: int = 0
+) -> None:
+    """Raises EngineError where llama.cpp cannot, or should not, split tensors so."""
     if wish.kv_type not in ("f16", "bf16"):
         raise EngineError(
             f"--split-mode tensor needs a KV cache that is not quantized, and --kv is {wish.kv_type}; take --kv f16, "
@@ -310,11 +318,11 @@ def check_tensor_split(shape: Shape, wish: Wish, shares: Sequence[float], n_host
         )
     if n_host_layers:
         raise EngineError("--split-mode tensor needs all layers on the GPUs; leave out --gpu-layers")
-    least = int(min(shares) * shape.n_heads_kv / (sum(shares) or 1))
-    if least < 1:
+    if not all_have_a_part(shape, weights.block, shares):
+        groups = n_groups(shape, weights.block, len(shares))
         raise EngineError(
-            f"--split-mode tensor needs a KV head for every device, and {shape.n_heads_kv} heads over {len(shares)} "
-            "devices leave one without; take fewer devices, more even ones, or --split-mode layer"
+            f"--split-mode tensor needs a part of every tensor for each of {len(shares)} devices; here attention has "
+            f"at most {groups}, and these shares leave one without; take fewer or more even ones, or --split-mode layer"
         )
 
 

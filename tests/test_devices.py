@@ -100,11 +100,23 @@ def test_the_main_gpu_holds_the_whole_model(demo: Path, servers: tuple[str, ...]
     assert found == ["RPC1"] * 9
 
 
-def test_parts_of_tensors_on_two_devices_compute_the_same(demo: Path, servers: tuple[str, ...]) -> None:
-    _, expected = apart(loaded, demo, SETTINGS)
-    found, logits = apart(loaded, demo, replace(SETTINGS, rpc_servers=servers[:2], split_mode="tensor"))
+@pytest.mark.parametrize("level", ["BF16", "Q8_0"])
+def test_parts_of_tensors_on_two_devices_compute_the_same(
+    level: str, demo_levels: dict[str, Path], servers: tuple[str, ...]
+) -> None:
+    _, expected = apart(loaded, demo_levels[level], SETTINGS)
+    split = replace(SETTINGS, rpc_servers=servers[:2], split_mode="tensor")
+    found, logits = apart(loaded, demo_levels[level], split)
     assert len(set(found)) == 1, "llama.cpp calls both together one device"
-    assert logits == pytest.approx(expected, abs=0.1)
+    assert logits == pytest.approx(expected, abs=0.15)
+
+
+def test_blocks_that_cannot_be_cut_are_refused_before_they_crash(
+    demo_levels: dict[str, Path], servers: tuple[str, ...]
+) -> None:
+    split = replace(SETTINGS, rpc_servers=servers[:2], split_mode="tensor")
+    with pytest.raises(EngineError, match="here attention has at most 1, and these shares leave one without"):
+        apart(loaded, demo_levels["Q4_K_M"], split)
 
 
 def threads(path: Path, servers: tuple[str, ...]) -> list[int]:

@@ -12,7 +12,7 @@ from gguf import GGUFReader, GGUFWriter
 from quant import recipes
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import EngineSettings
-from runtime.fitting import fitted, in_llama_order, read_weights
+from runtime.fitting import RESERVE, fitted, in_llama_order, read_weights
 from runtime.hardware import Device
 from runtime.levels import Shape
 from runtime.native_file import read_header
@@ -21,7 +21,8 @@ GIB = 2**30
 
 
 def _gpu(name: str, free: int) -> Device:
-    return Device(name, "a card", "gpu", free, free)
+    """A card with so much free beyond the reserve."""
+    return Device(name, "a card", "gpu", free + RESERVE, free + RESERVE)
 
 
 def test_the_header_agrees_with_the_gguf_package(demo_levels: dict[str, Path]) -> None:
@@ -137,7 +138,10 @@ def test_what_cannot_fit_is_refused_with_what_would(demo_levels: dict[str, Path]
         ({"split_mode": "row"}, "--split-mode row is not known; take layer or tensor"),
         ({"split_mode": "tensor", "kv_type": "q8_0"}, "--split-mode tensor needs a KV cache that is not quantized"),
         ({"split_mode": "tensor", "n_gpu_layers": 5}, "--split-mode tensor needs all layers on the GPUs"),
-        ({"split_mode": "tensor", "tensor_split": (1.0, 3.0)}, "2 heads over 2 devices leave one without"),
+        (
+            {"split_mode": "tensor", "tensor_split": (1.0, 3.0)},
+            "here attention has at most 2, and these shares leave one without",
+        ),
         (
             {"tensor_split": (1.0, 2.0, 3.0)},
             "--tensor-split 1,2,3 must give each of the 2 devices a share: CUDA0, CUDA1",
@@ -175,9 +179,9 @@ def test_the_main_gpu_alone_must_hold_the_model(demo_levels: dict[str, Path]) ->
 def test_parts_of_tensors_are_as_large_as_the_memory(demo_levels: dict[str, Path]) -> None:
     settings = EngineSettings(n_ctx=512, split_mode="tensor", kv_type="bf16")
     cards = [_gpu("CUDA0", GIB), _gpu("CUDA1", GIB), _gpu("RPC0", 2 * GIB)]
-    with pytest.raises(EngineError, match="2 heads over 3 devices"):
+    with pytest.raises(EngineError, match="each of 3 devices; here attention has at most 2, and"):
         fitted(demo_levels["Q8_0"], settings, cards)
-    assert fitted(demo_levels["Q8_0"], settings, cards[:2]).tensor_split == (GIB, GIB)
+    assert fitted(demo_levels["Q8_0"], settings, cards[:2]).tensor_split == (1.0, 1.0)
 
 
 def test_rpc_devices_come_first_as_llama_cpp_orders_them() -> None:

@@ -128,8 +128,12 @@ def test_every_sequence_has_whole_steps_of_the_cache() -> None:
     [
         ("q8_0", 0, (1, 1), "needs a KV cache that is not quantized, and --kv is q8_0; take --kv f16, or --split-mode"),
         ("f16", 3, (1, 1), "needs all layers on the GPUs; leave out --gpu-layers"),
-        ("f16", 0, (1,) * 9, "needs a KV head for every device, and 8 heads over 9 devices leave one without"),
-        ("f16", 0, (1, 8), "needs a KV head for every device, and 8 heads over 2 devices leave one without"),
+        (
+            "f16",
+            0,
+            (1,) * 9,
+            "needs a part of every tensor for each of 9 devices; here attention has at most 8",
+        ),
     ],
 )
 def test_what_tensors_cannot_be_split_for_is_refused(

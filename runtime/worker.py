@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from time import monotonic
@@ -49,8 +50,11 @@ class Worker:
             self._process = _SPAWNER.start(arguments, theirs.fileno(), self._log.descriptor)
         self._connection = Connection(ours.detach())
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="to the engine", daemon=True)
+        self._writer = threading.Thread(
+            target=_write, args=(self._connection, self._outbox), name="to the engine", daemon=True
+        )
         self._writer.start()
+        weakref.finalize(self, self._outbox.put, None)  # dropped unclosed, it lets go of the socket: the process ends
         self._oom_kills = OomKills.seen_by(self.pid)
         self._receiving = threading.Lock()
         self._last_sign = monotonic()
@@ -149,12 +153,6 @@ class Worker:
         except (EOFError, OSError):
             raise self._died() from None
 
-    def _write(self) -> None:
-        """The writing thread: a command to a process that does not read would block."""
-        with contextlib.suppress(OSError):
-            while (command := self._outbox.get()) is not None:
-                self._connection.send(command)
-
     def _died(self) -> WorkerDiedError:
         """The end of the process as an error, the same each time it is asked for."""
         with self._dying:
@@ -176,6 +174,13 @@ class Worker:
             return WorkerDiedError(f"the engine's process {self._ended_for} and was ended; it can be started again")
         death = Death(code, self._log.tail(), self._oom_kills.verdict(), self._log.path)
         return WorkerDiedError(obituary(death), -code if code < 0 else None)
+
+
+def _write(connection: Connection, outbox: "queue.SimpleQueue[Command | None]") -> None:
+    """The writing thread: a command to a process that does not read would block."""
+    with contextlib.suppress(OSError):
+        while (command := outbox.get()) is not None:
+            connection.send(command)
 
 
 class _Spawner:

@@ -1,5 +1,6 @@
 """Every way the engine's process can die, hang or be left alone, for real, and what is said of it."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -351,6 +352,13 @@ def test_a_closed_session_ends_an_engine_that_does_not_listen(opened: Callable[.
 def test_an_engine_that_dies_unnoticed_leaves_no_zombie(opened: Callable[..., Session]) -> None:
     pid = worker_of(opened()).pid
     os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_the_engine_ends_where_its_handle_is_dropped() -> None:
+    """While its owner lives, only the end of the socket tells it."""
+    pid = Worker().pid
+    gc.collect()
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 

@@ -19,6 +19,7 @@ from runtime.engine_log import EngineLog, NativeLines
 from runtime.errors import EngineError, WorkerDiedError
 from runtime.events import (
     EngineSettings,
+    Failed,
     Finished,
     Load,
     Loaded,
@@ -278,12 +279,14 @@ def test_an_engine_that_dies_of_repacked_weights_is_started_once_without(
     assert not any(isinstance(event, Notice) for event in ask(session)), "what helped is remembered"
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_either_way_is_started_again_only_once(opened: Callable[..., Session]) -> None:
     session = opened(partial(Worker, broken("hopeless")))
     assert "-m runtime.wheel` puts one built for this machine in its place" in died_of(session)
     assert not worker_of(session).is_alive()
 
 
+@pytest.mark.slow
 def test_a_fault_of_an_engine_that_has_answered_is_not_tried_again(opened: Callable[..., Session]) -> None:
     session = opened()
     ask(session)
@@ -337,22 +340,14 @@ def test_a_batch_that_takes_long_is_not_silence(opened: Callable[..., Session]) 
     assert not any(isinstance(event, Silent) for event in ask(session))
 
 
-def test_a_closed_session_ends_an_engine_that_does_not_listen(opened: Callable[..., Session]) -> None:
-    session = opened()
-    worker = worker_of(session)
-    os.kill(worker.pid, signal.SIGSTOP)
-    worker.send(Reply((Message("user", PROSE * 20),)))  # more than the socket holds: must not block
-    session.close()
-    assert not worker.is_alive()
-
-
 # Nobody is left behind
 
 
-def test_an_engine_that_dies_unnoticed_leaves_no_zombie(opened: Callable[..., Session]) -> None:
-    pid = worker_of(opened()).pid
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+def test_an_engine_that_dies_unnoticed_leaves_no_zombie() -> None:
+    worker = Worker()
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{worker.pid}").exists())
+    worker.close()
 
 
 def test_the_engine_ends_where_its_handle_is_dropped() -> None:
@@ -362,14 +357,21 @@ def test_the_engine_ends_where_its_handle_is_dropped() -> None:
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_the_engine_survives_the_thread_that_started_it(demo: Path) -> None:
+def test_the_engine_survives_the_thread_that_started_it() -> None:
     """The kernel's death signal comes when a thread ends, not when a process does."""
-    session = Session(demo_load(demo))
-    thread = threading.Thread(target=lambda: list(session.load()))
+    workers: list[Worker] = []
+
+    def start() -> None:
+        workers.append(Worker())
+        workers[0].send(Reply(()))
+        workers[0].receive()  # by now it has asked the kernel for the signal
+
+    thread = threading.Thread(target=start)
     thread.start()
     thread.join()
-    assert text_of(ask(session))
-    session.close()
+    workers[0].send(Reply(()))
+    assert workers[0].receive() == Failed("no model is loaded")
+    workers[0].close()
 
 
 _OWNER = """
@@ -443,6 +445,7 @@ def test_the_engine_ends_with_an_owner_that_forgets_it(demo: Path) -> None:
         wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
+@pytest.mark.slow
 def test_an_owner_that_was_stopped_goes_on(demo: Path) -> None:
     with owner(demo, "answering") as (process, _):
         assert process.stdin is not None
@@ -475,11 +478,12 @@ def test_a_conversation_survives_a_hundred_deaths(opened: Callable[..., Session]
 
 
 def test_the_log_stays_where_the_engine_died_and_only_there(opened: Callable[..., Session]) -> None:
-    first, second = opened(), opened()
+    first, second = opened(), Worker()
     path = worker_of(first)._log.path
     assert path is not None
-    other = worker_of(second)._log.path
+    other = second._log.path
     assert other is not None
+    assert other.exists()
     assert "llama.cpp I: llama_model_loader: loaded meta data" in path.read_text()
     os.kill(worker_of(first).pid, signal.SIGABRT)
     assert died_of(first).endswith(f" (log: {path})")

@@ -148,6 +148,7 @@ def test_closing_wakes_who_waits(worker: Worker) -> None:
 
 def test_a_process_that_does_not_listen_is_ended_by_force(worker: Worker) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
+    worker.send(Reply((Message("user", "long" * 1_000_000),)))  # more than the socket holds: must not block
     worker.close()
     assert not worker.is_alive()
 

@@ -37,9 +37,13 @@ class Grammar:
     """A grammar that holds an answer to what its rule `root` describes. Raises GrammarError."""
 
     text: str
+    names_tokens: bool = field(init=False)
+    """Whether it names tokens, `<…>`, which need not be text."""
 
     def __post_init__(self) -> None:
-        _check(_Parser(self.text).rules())
+        parser = _Parser(self.text)
+        _check(parser.rules())
+        object.__setattr__(self, "names_tokens", parser.names_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self._text, self._at, self._depth = text, 0, 0
         self._rules = _Rules(text)
+        self.names_tokens = False
         self._named: set[str] = set()
         self._n_written = 0  # rules llama.cpp will have written for brackets and repetitions
 
@@ -184,6 +189,7 @@ class _Parser:
             if match is None:
                 self._rules.fail(at, "expected a token, such as <[123]> or <name>")
             self._at = match.end()
+            self.names_tokens = True
             return _Terminal(1)
         if char == "(":
             if self._depth == _MAX_DEPTH:

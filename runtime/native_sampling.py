@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from runtime.errors import EngineError
 from runtime.grammar import Grammar
 from runtime.native import Vocabulary, lib
+from runtime.native_grammar import NativeGrammar
 from runtime.sampling import WHOLE_CONTEXT, Sampling, chain
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -48,15 +49,11 @@ class Sampler:
                 raise EngineError(f"logit bias of token {token}: the model has {n_tokens} tokens, 0 to {n_tokens - 1}")
         self._ids = np.arange(n_tokens, dtype=np.int32)
         self._candidates = np.zeros(n_tokens, CANDIDATE)
-        self._grammar: Any = None
+        self._grammar: NativeGrammar | None = None
         self._chain: Any = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         try:
             if grammar is not None:
-                self._grammar = lib.llama_sampler_init_grammar(vocabulary.pointer, grammar.text.encode(), b"root")
-                if not self._grammar:
-                    raise EngineError(
-                        "llama.cpp refuses the grammar: it names a token that the model has not, or repeats too much"
-                    )
+                self._grammar = NativeGrammar(grammar, vocabulary)
             for name in chain(sampling):
                 sampler = self._build(name)
                 lib.llama_sampler_chain_add(self._chain, sampler)
@@ -88,31 +85,30 @@ class Sampler:
         common/sampling.cpp, `common_sampler_sample`.) Mirostat learns from every token that it draws, so it gets one.
         """
         masked = self._grammar is not None and self._sampling.mirostat > 0
-        tokens, selected = self._run(logits, masked=masked)
-        token = int(tokens["id"][selected])
-        if self._grammar is not None and not masked and not self._goes_on(token):
-            tokens, selected = self._run(logits, masked=True)
+        refused: list[int] = []
+        while True:
+            tokens, selected = self._run(logits, masked=masked, refused=refused)
             token = int(tokens["id"][selected])
+            if self._grammar is None or (self._grammar.is_text(token) and (masked or self._grammar.allows(token))):
+                break
+            if masked:
+                refused.append(token)
+            masked = True
         if self._grammar is not None:
-            lib.llama_sampler_accept(self._grammar, token)
+            self._grammar.accept(token)
         lib.llama_sampler_accept(self._chain, token)
         return token
 
-    def _goes_on(self, token: int) -> bool:
-        """Whether the grammar allows the token here."""
-        one = lib.llama_token_data(token, 0.0, 0.0)
-        lib.llama_sampler_apply(
-            self._grammar, ctypes.byref(lib.llama_token_data_array(ctypes.pointer(one), 1, -1, False))
-        )
-        return bool(np.isfinite(one.logit))
-
-    def _run(self, logits: NDArray[np.float32], *, masked: bool) -> tuple[NDArray[Any], int]:
+    def _run(
+        self, logits: NDArray[np.float32], *, masked: bool, refused: Sequence[int] = ()
+    ) -> tuple[NDArray[Any], int]:
         self._candidates["id"], self._candidates["logit"], self._candidates["p"] = self._ids, logits, 0
         start = self._candidates.ctypes.data
         data = ctypes.cast(start, ctypes.POINTER(lib.llama_token_data))
         left = lib.llama_token_data_array(data, len(self._candidates), -1, False)
-        if masked:
-            lib.llama_sampler_apply(self._grammar, ctypes.byref(left))
+        if masked and self._grammar is not None:
+            self._grammar.mask(left)
+            self._candidates["logit"][list(refused)] = -np.inf
             if not np.isfinite(self._candidates["logit"].max()):
                 raise EngineError("no token is left to draw: the model has none with which the grammar could go on")
         lib.llama_sampler_apply(self._chain, ctypes.byref(left))
@@ -126,9 +122,9 @@ class Sampler:
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
             self._chain = None
-        if self._grammar:
-            lib.llama_sampler_free(self._grammar)
-        self._grammar = None
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None
 
     def _window(self, window: int) -> int:
         """llama.cpp keeps an array as long as the window, so it must not be longer than need be."""

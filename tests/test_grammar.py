@@ -257,6 +257,39 @@ def test_every_sampler_keeps_to_the_grammar(
         assert spoken(sampler('root ::= [a-d] ("-" [0-9]){2}', sampling, seed), engine, seed)[1::2] == "--"
 
 
+@pytest.mark.parametrize("change", [{}, {"mirostat": 2}, {"temperature": 0.0}])
+def test_bytes_that_are_no_text_are_never_drawn(
+    change: dict[str, float], engine: Engine, sampler: Callable[..., Sampler]
+) -> None:
+    """llama.cpp takes any byte from F8 for the beginning of a character, and E0 9F for one."""
+    sampling = Sampling(**{"temperature": 1.0, "top_p": 1.0, **change})  # type: ignore[arg-type]
+    vocabulary = engine.vocabulary
+    single = [t for t in range(vocabulary.n_tokens) if len(piece := vocabulary.piece(t)) == 1 and piece[0] >= 0x80]
+    assert len(single) == 128
+    for seed in range(10):
+        one, rng, said = sampler("root ::= [^a]{12}", sampling, seed), np.random.default_rng(seed), b""
+        while True:
+            logits = rng.normal(0, 2, vocabulary.n_tokens).astype(np.float32)
+            logits[single] += 12
+            if vocabulary.ends_answer(token := one.draw(logits)):
+                break
+            said += vocabulary.piece(token)
+        assert len(said.decode()) == 12
+        assert len(said) > 12
+
+
+def test_control_tokens_are_drawn_only_where_a_grammar_names_them(
+    engine: Engine, sampler: Callable[..., Sampler]
+) -> None:
+    """llama.cpp takes a control token for the text that spells it; in the answer there would be nothing of it."""
+    logits = np.zeros(engine.vocabulary.n_tokens, np.float32)
+    control = next(t for t in range(len(logits)) if engine.vocabulary.text(t) == "[INST]")
+    logits[control] = 50
+    free = sampler("root ::= .{6}")
+    assert control not in {free.draw(logits) for _ in range(2)}
+    assert sampler("root ::= <[" + str(control) + "]>").draw(logits) == control
+
+
 def test_a_grammar_of_a_token_that_the_model_has_not_is_refused(sampler: Callable[..., Sampler]) -> None:
     with pytest.raises(EngineError, match=r"llama\.cpp refuses the grammar: it names a token that the model has not"):
         sampler("root ::= <no-such-token>")

@@ -18,6 +18,7 @@ from runtime.events import (
     Load,
     Loaded,
     LoadProgress,
+    Notice,
     Piece,
     PromptProgress,
     Reply,
@@ -26,7 +27,9 @@ from runtime.events import (
 from runtime.library import file_bytes
 from runtime.logprobs import log_probabilities
 from runtime.memory_watch import resident_bytes
+from runtime.native import has_amx_kernels
 from runtime.native_context import AbortedError
+from runtime.obituary import rebuild
 from runtime.pace import Pace
 from runtime.prompts import Prompter, prompter
 
@@ -66,6 +69,13 @@ class Answerer:
         except BaseException:
             engine.close()
             raise
+        if load.settings.use_extra_bufts and has_amx_kernels():
+            emit(
+                Notice(
+                    "llama-cpp-python holds AMX code, which GCC 12 miscompiles, so the model runs without weight "
+                    f"repacking, which is slower; `{rebuild()}` builds one without it"
+                )
+            )
         info = engine.info()
         emit(
             Loaded(

@@ -17,10 +17,11 @@ _UD2 = b"\x0f\x0b"  # x86's instruction that is none
 
 
 def broken(fault: str) -> tuple[str, ...]:
-    """`sigill` and `sigsegv` die in prompts read with repacked weights, `hopeless` in any; `hangs` never ends one,
-    `slow` takes three seconds for it, and half of one to make a context.
+    """`sigill` and `sigsegv` die in prompts read with repacked weights, `hopeless` in any; `hangs` never ends one.
 
-    `poor` may take 512 MiB more than it has when the model is loaded.
+    `early` dies when it is to load with repacking, `amx` says that it holds AMX code and dies as `sigill`. `slow` takes
+    three seconds for a prompt, and half of one to make a context. `poor` may take 512 MiB more than it has when a model
+    is loaded.
     """
     return (sys.executable, "-P", str(Path(__file__)), fault)
 
@@ -42,6 +43,8 @@ def _break(fault: str) -> None:
     def loading(path: bytes, params: Any) -> Any:
         nonlocal repacked
         repacked = bool(params.use_extra_bufts)
+        if fault == "early" and repacked:
+            _illegal_instruction()
         if fault == "poor":
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (held + (512 << 20), resource.RLIM_INFINITY))
@@ -54,7 +57,7 @@ def _break(fault: str) -> None:
 
     def decoding(context: Any, batch: Any) -> Any:
         if batch.n_tokens > 1:
-            if fault == "hopeless" or (fault == "sigill" and repacked):
+            if fault == "hopeless" or (fault in ("sigill", "amx") and repacked):
                 _illegal_instruction()
             elif fault == "sigsegv" and repacked:
                 ctypes.string_at(0)
@@ -64,6 +67,8 @@ def _break(fault: str) -> None:
                 ctypes.PyDLL(None).pause()  # with the interpreter's lock, so that nothing else runs either
         return decode(context, batch)
 
+    if fault == "amx":
+        lib.llama_print_system_info = lambda: b"CPU : AVX2 = 1 | AMX_INT8 = 1 |"
     lib.llama_model_load_from_file, lib.llama_init_from_model, lib.llama_decode = loading, beginning, decoding
 
 

@@ -280,6 +280,27 @@ def test_an_engine_that_dies_of_repacked_weights_is_started_once_without(
 
 
 @pytest.mark.slow
+def test_an_engine_that_dies_while_it_loads_is_started_once_without(demo: Path) -> None:
+    session = Session(demo_load(demo), partial(Worker, broken("early")))
+    events = list(session.load())
+    assert [type(event) for event in events if not isinstance(event, LoadProgress)] == [Notice, Loaded]
+    assert text_of(ask(session))
+    session.close()
+
+
+@pytest.mark.slow
+def test_a_wheel_with_amx_code_is_run_without_repacking_and_told(demo: Path) -> None:
+    session = Session(demo_load(demo), partial(Worker, broken("amx")))
+    (notice,) = [event for event in session.load() if isinstance(event, Notice)]
+    assert notice.text == (
+        "llama-cpp-python holds AMX code, which GCC 12 miscompiles, so the model runs without weight repacking, which "
+        f"is slower; `{sys.executable} -m runtime.wheel` builds one without it"
+    )
+    assert [type(event) for event in ask(session) if isinstance(event, Notice)] == []
+    session.close()
+
+
+@pytest.mark.slow
 def test_an_engine_that_dies_either_way_is_started_again_only_once(opened: Callable[..., Session]) -> None:
     session = opened(partial(Worker, broken("hopeless")))
     assert "-m runtime.wheel` puts one built for this machine in its place" in died_of(session)

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from benchmarks.experiments import MISTRAL_LARGE, SIX
 from benchmarks.results import CoreSpeed, KernelSpeed, KernelSpeeds, SideSpeed
 from quant.blocks import encode, to_float32
-from quant.kernels import GGML, TYPES, Kernels, built
+from quant.kernels import GGML, SEARCHED, TYPES, Kernels, built
 from quant.recipes import tensors, types
 from runtime.errors import UserError
 from runtime.ggml import GgmlType
-from runtime.levels import Shape
+from runtime.levels import Search, Shape
 
 Rows = NDArray[Any]
 
@@ -61,11 +61,13 @@ def kernel_speeds(effort: Effort, cores: Sequence[int], say: Callable[[str], Non
             for weighted in (False, True) if type_ is not GgmlType.Q8_0 else (False,):
                 by_type += [_one_type(type_, dtype, ways, effort, weighted=weighted) for dtype in DTYPES]
             say(f"kernels: {type_.name}")
+        longer = [_longer(type_, ways[-1], effort, weighted=on) for type_ in SEARCHED for on in (False, True)]
+        say("kernels: the longer search")
         family = tuple(_family(ways, effort, weighted=weighted) for weighted in (False, True))
         say(f"kernels: {len(SIX)} levels")
     together = tuple(_together(ways[-1], cores, effort, weighted=weighted) for weighted in (False, True))
     say(f"kernels: {len(cores)} cores")
-    return KernelSpeeds(tuple(by_type), family, together)
+    return KernelSpeeds(tuple(by_type), tuple(longer), family, together)
 
 
 @contextmanager
@@ -119,6 +121,18 @@ def _one_type(
     check_same({way.name: make(way).tobytes() for way in ways}, type_.name)
     seconds = paired({way.name: partial(make, way) for way in ways}, effort)
     return _speed(type_.name, dtype, seconds, stored.size, weighted=weighted)
+
+
+def _longer(type_: GgmlType, way: Kernels, effort: Effort, *, weighted: bool) -> KernelSpeed:
+    """The longer search, which makes other blocks, beside ggml's kernels. With means where there is a matrix."""
+    rows = _weights(N_ROWS, GgmlType.F32)
+    importance = _importance() if weighted else None
+    means = (np.sqrt(importance) / 2).astype(np.float32) if importance is not None else None
+    sides: dict[str, Callable[[], object]] = {
+        GGML.name: lambda: encode(rows, type_, importance, kernels=GGML),
+        f"{way.name}, longer": lambda: encode(rows, type_, importance, kernels=way, search=Search.BEST, means=means),
+    }
+    return _speed(type_.name, GgmlType.F32, paired(sides, effort), rows.size, weighted=weighted)
 
 
 def _family(ways: Sequence[Kernels], effort: Effort, *, weighted: bool) -> KernelSpeed:

@@ -154,6 +154,8 @@ class KernelSpeeds:
     """Everything about the kernels."""
 
     types: tuple[KernelSpeed, ...]
+    longer: tuple[KernelSpeed, ...]
+    """The longer search by the widest build, with means where there is a matrix, beside ggml's own kernels."""
     levels: tuple[KernelSpeed, ...]
     cores: tuple[CoreSpeed, ...]
 

@@ -50,6 +50,7 @@ def kernel_table(results: KernelResults) -> str:
             _machine(results.machine, results.load_after),
             "Million weights a second on one core, and how many times ggml's (median; lowest to highest)\n"
             + _kernel_speeds((*speeds.types, *speeds.levels)),
+            f"The longer search, whose blocks are better than ggml's\n{_kernel_speeds(speeds.longer)}",
             f"Six levels on one core and on all\n{_core_speeds(speeds.cores)}",
         ]
     )

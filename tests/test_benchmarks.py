@@ -16,7 +16,7 @@ from benchmarks.checkpoints import DEMO, SIGMA, random_checkpoint
 from benchmarks.experiments import MISTRAL_LARGE, SCALES, SIX, check_room, needed_bytes, same_tensors
 from benchmarks.kernels import Effort, check_same, family_pieces, paired
 from benchmarks.stages import PLACES, Stages
-from quant.kernels import TYPES, built
+from quant.kernels import SEARCHED, TYPES, built
 from quant.reading.checkpoint import open_checkpoint
 from quant.recipes import tensor_bytes, tensors, types
 from runtime.errors import UserError
@@ -128,6 +128,8 @@ def test_every_build_makes_every_type_beside_ggml(found: Found) -> None:
     expected -= {("Q8_0", rows, True) for rows in ("F32", "BF16")}
     assert {(speed["name"], speed["rows"], speed["importance"]) for speed in speeds} == expected
     assert [speed["importance"] for speed in results["speeds"]["levels"]] == [False, True]
+    longer = [(speed["name"], speed["importance"]) for speed in results["speeds"]["longer"]]
+    assert longer == [(type_.name, matrix) for type_ in SEARCHED for matrix in (False, True)]
     for speed in (*speeds, *results["speeds"]["levels"]):
         assert [side["build"] for side in speed["builds"]] == [build.name for build in built().values()]
         for side in speed["builds"]:

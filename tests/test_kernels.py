@@ -139,3 +139,9 @@ def test_without_a_compiler_the_installation_goes_on() -> None:
         )
         assert run.stdout == "[]\n"
         assert words in run.stderr
+
+
+def test_libraries_of_another_interface_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of an older checkout: a call with other arguments would end the process."""
+    monkeypatch.setattr(kernels, "_INTERFACE", 0)
+    assert kernels.built.__wrapped__() == {}

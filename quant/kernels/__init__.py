@@ -25,6 +25,9 @@ TYPES = (GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6
 SEARCHED = TYPES[:-1]
 """Types for which Search.BEST finds other blocks than ggml; of all else there is one way."""
 
+_INTERFACE = 3
+"""Of the functions in kernels.cpp. A library of another is taken for not built, until `make setup` builds it again."""
+
 NAMES = {4: "4 lanes", 8: "8 lanes (AVX2)", 16: "16 lanes (AVX-512)"}
 
 
@@ -125,6 +128,8 @@ def _open(lanes: int) -> ctypes.CDLL | None:
         ]
         library.bise_kernels_quantize.restype = ctypes.c_int64
         library.bise_kernels_best_lanes.argtypes = []
-    except (OSError, AttributeError):  # not built, or of another processor
+        if library.bise_kernels_interface() != _INTERFACE:
+            return None
+    except (OSError, AttributeError):  # not built, of another processor, or older than this source
         return None
     return library

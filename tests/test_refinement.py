@@ -53,12 +53,9 @@ def _costs(rows: Rows, type_: GgmlType, columns: Columns, blocks: NDArray[np.uin
             np.tile(column if column is not None else np.full(rows.shape[1], other), len(rows)).reshape(-1, 256)
             for column, other in zip(columns, (1.0, 0.0), strict=True)
         )
-        rise = np.sqrt((x**2).mean(axis=1, keepdims=True) + x**2)
-        weight = np.maximum(importance - means.astype(np.float64) ** 2, 0.1 * importance) * rise
+        weight = np.maximum(importance - means.astype(np.float64) ** 2, 0.1 * importance)
         gain = (weight * x * miss).sum(axis=1) ** 2 / np.maximum((weight * x**2).sum(axis=1), 1e-300)
-        costs: NDArray[np.float64] = (
-            (weight * miss**2).sum(axis=1) + rise.mean(axis=1) * (means * miss).sum(axis=1) ** 2 + GAIN * gain
-        )
+        costs: NDArray[np.float64] = (weight * miss**2).sum(axis=1) + (means * miss).sum(axis=1) ** 2 + GAIN * gain
     return costs
 
 

@@ -6,12 +6,11 @@
 //     Σ var(a) miss² + (Σ mean(a) miss)²
 //
 // where columns vary independently: misses that agree with the means add up for every token, and can be made to cancel.
-// Variance and mean come from an importance matrix; without one variance is 1 and mean is 0. Two things are put to it
-// because they lower KL divergence (README.md):
+// Variance and mean come from an importance matrix; without one variance is 1 and mean is 0.
 //
-// - each miss² counts sqrt(mean square of x + x²) times, as in ggml's own search with an importance matrix;
-// - misses along the weights themselves count GAIN times more. Columns do not vary independently: activations lie along
-//   the weights that look for them, so that levels which are too short on the whole weaken what the row is there for.
+// Columns do not vary independently, though: activations lie along the weights that look for them. So misses along the
+// weights themselves count GAIN times more: levels that are too short on the whole weaken what a row is there for, and a
+// least-squares fit always makes them so. README.md has what this and other measures gave.
 
 #pragma once
 
@@ -23,7 +22,7 @@ static const float LEAST_VARIANCE = 0.1f;  // as a share of the importance, what
 struct Measure {
     Lanes weight[SUPER];  // of each miss squared
     Lanes mean[SUPER];
-    Lanes mean_factor;  // of the square of Σ mean miss
+    Lanes mean_factor;  // of the square of Σ mean miss: that of the variances in `weight`
     Lanes gain_factor;  // of the square of Σ weight x miss
 };
 
@@ -53,20 +52,16 @@ LANEWISE Lanes cost(const Measure &measure, const Misses &sums) {
 
 static inline void measure_of(const Tile &tile, Measure &measure) {
     const Lanes zero = {};
-    Lanes squares = zero, sum_rise = zero, sum_weight = zero, sum_x2 = zero;
     for (int i = 0; i < SUPER; i++) {
-        squares += tile.x[i] * tile.x[i];
         measure.weight[i] = every(1.f);
         measure.mean[i] = zero;
     }
     if (tile.importance[0]) transpose(tile.importance, measure.weight);
     if (tile.means[0]) transpose(tile.means, measure.mean);
-    const Lanes mean_square = squares / (float)SUPER;
+    Lanes sum_weight = zero, sum_x2 = zero;
     for (int i = 0; i < SUPER; i++) {
         const Lanes importance = measure.weight[i], mean = measure.mean[i];
-        const Lanes rise = root(mean_square + tile.x[i] * tile.x[i]);
-        measure.weight[i] = larger(importance - mean * mean, LEAST_VARIANCE * importance) * rise;
-        sum_rise += rise;
+        measure.weight[i] = larger(importance - mean * mean, LEAST_VARIANCE * importance);
         sum_weight += measure.weight[i];
     }
     const Lanes unit = sum_weight > zero ? 1.f / sum_weight : zero;  // costs relative to it, lest their squares overflow
@@ -74,6 +69,6 @@ static inline void measure_of(const Tile &tile, Measure &measure) {
         measure.weight[i] *= unit;
         sum_x2 += measure.weight[i] * tile.x[i] * tile.x[i];
     }
-    measure.mean_factor = unit * sum_rise / (float)SUPER;
+    measure.mean_factor = unit;
     measure.gain_factor = sum_x2 > zero ? GAIN / sum_x2 : zero;
 }

@@ -232,7 +232,7 @@ def test_large_schemas_make_grammars() -> None:
 # Models
 
 
-@pytest.fixture(params=["demo", "smollm2"])
+@pytest.fixture(params=["demo", pytest.param("smollm2", marks=pytest.mark.slow)])
 def session(request: pytest.FixtureRequest, demo: Path, smollm2: Path) -> Iterator[Session]:
     settings = EngineSettings(n_ctx=1024, n_batch=256)
     if request.param == "demo":

@@ -28,7 +28,6 @@ REFERENCE = json.loads((Path(__file__).parent / "reference" / "demo-perplexity.j
 ENVIRONMENT = Environment("", "", "", {}, "", "", "", "", ())
 
 PPL_TOLERANCE = 5e-4
-KLD_TOLERANCE = 2e-3
 PERCENTILE_TOLERANCE = 4e-2
 SAME_TOP_TOLERANCE = 0.003
 KLD_NOISE = 1e-5  # nats: the last digits printed, and rounding to the base file's steps
@@ -36,6 +35,9 @@ KLD_NOISE = 1e-5  # nats: the last digits printed, and rounding to the base file
 
 SAME_KERNELS = {"AVX512_VNNI", "AVX512_BF16", "REPACK"} <= {name for name, on in system_info().items() if on == "1"}
 """Whether ggml computes here as on the machine of the reference; then four significant digits must be its own."""
+
+KLD_TOLERANCE = 2e-3 if SAME_KERNELS else 1e-2
+"""Relative. On a processor with AVX2 alone, 2.8e-3 was seen (Q6_K, prose)."""
 
 
 def measure(files: dict[str, Path], levels: tuple[str, ...], texts: tuple[str, ...], folder: Path) -> Results:

@@ -168,7 +168,7 @@ def test_ctrl_c_stops_it(large: Path, environment: dict[str, str]) -> None:
 def test_a_terminal_shows_how_far_it_is_in_little_memory(large: Path, environment: dict[str, str]) -> None:
     with Terminal([BISE, "verify", str(large), "--threads", "2"], environment) as terminal:
         screen = terminal.wait_for("of 12.0 GB", "left")
-        assert re.search(r"verified +\d+%  \S+ [MG]B/s  \d+:\d\d left  \S+ [MG]B of 12.0 GB  0/1 files", screen)
+        assert re.search(r"verified +\d+%  \S+ [kMG]?B/s  [\d:]+ left  \S+ [kMG]?B of 12.0 GB  0/1 files", screen)
         status = Path(f"/proc/{terminal.pid}/status").read_text()
         peak = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert peak is not None

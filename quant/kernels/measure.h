@@ -10,7 +10,7 @@
 //
 // Columns do not vary independently, though: activations lie along the weights that look for them. So misses along the
 // weights themselves count GAIN times more: levels that are too short on the whole weaken what a row is there for, and a
-// least-squares fit always makes them so. README.md has what this and other measures gave.
+// least-squares fit always makes them so. docs/search.md has what this and other measures gave.
 
 #pragma once
 

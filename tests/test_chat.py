@@ -91,7 +91,9 @@ class Chat:
             if isinstance(widget, UserTurn):
                 texts.append(str(widget.visual).removeprefix("You\n"))
             else:
-                texts.append(widget.query_one(MarkdownWidget).source)
+                texts.append(
+                    "".join(shown.source for shown in widget.query(MarkdownWidget))
+                )  # none until it is composed
         return texts
 
     @property

@@ -90,11 +90,19 @@ def check_statistics(found: Divergence, expected: Any) -> None:
         assert value == pytest.approx(expected[name]["value"], rel=PERCENTILE_TOLERANCE, abs=KLD_NOISE), name
 
 
-@pytest.mark.parametrize("text", [BUNDLED[0], *(pytest.param(text, marks=pytest.mark.slow) for text in BUNDLED[1:])])
-def test_every_level_measures_as_with_llama_perplexity(demo_levels: dict[str, Path], tmp_path: Path, text: str) -> None:
-    results = measure(demo_levels, (ORIGINAL, *LEVELS), (text,), tmp_path)
-    assert len(results.results) == 11
+SOME = ("Q2_K", "Q4_K_M", "Q6_K", "Q8_0")
+"""The levels of the default tests; `make test-all` measures all ten, on every text."""
+
+EVERYTHING = [pytest.param(text, LEVELS, marks=pytest.mark.slow, id=text) for text in BUNDLED]
+
+
+@pytest.mark.parametrize(("text", "levels"), [pytest.param("prose", SOME, id="some"), *EVERYTHING])
+def test_every_level_measures_as_with_llama_perplexity(
+    demo_levels: dict[str, Path], tmp_path: Path, text: str, levels: tuple[str, ...]
+) -> None:
+    results = measure(demo_levels, (ORIGINAL, *levels), (text,), tmp_path)
+    assert len(results.results) == 1 + len(levels)
     for row in results.results:
         check(row)
     divergences = [row.kld_mean for row in results.results if row.kld_mean is not None]
-    assert divergences == sorted(divergences, reverse=True), "LEVELS are in the order of their size"
+    assert divergences == sorted(divergences, reverse=True), "levels are in the order of their size"

@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.grammar import Grammar
+from runtime.messages import Message, Tool, ToolCall, ToolChoice
 from runtime.sampling import Sampling as Sampling  # part of every reply: named here too
 
-Role = Literal["system", "user", "assistant"]
-
-StopReason = Literal["end", "length", "stopped", "context"]
-"""Why a reply ended: the model ended it, `max_tokens`, the user stopped it, or the context is full."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation, as plain text. Text that spells a control token stays text."""
-
-    role: Role
-    content: str
+StopReason = Literal["end", "calls", "length", "stopped", "context"]
+"""Why a reply ended: the model ended it, with calls or without, `max_tokens`, the user stopped it, or the context is
+full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +63,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Answer a conversation. Answered by `PromptProgress`…, `Piece`…, then `Finished` or `Failed`."""
+    """Answer a conversation. Answered by `PromptProgress`…, `Piece` and `CallPiece`…, then `Finished` or `Failed`."""
 
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
@@ -79,6 +71,9 @@ class Reply:
     """Tell each token's log-probability, and those of as many likeliest ones; None tells none."""
     grammar: Grammar | None = None
     """Holds the whole answer to its form; the answer ends where the grammar does."""
+    tools: tuple[Tool, ...] = ()
+    """What the model is told that it may call."""
+    tool_choice: ToolChoice = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +153,21 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class CallPiece:
+    """The next piece of a call that the model writes. The calls as a whole come with `Finished`."""
+
+    index: int
+    """Of the call among the answer's, from 0."""
+    n_tokens: int
+    """Tokens of the answer so far."""
+    id: str = ""
+    """Told once, as the name is, in the first piece of a call."""
+    name: str = ""
+    arguments: str = ""
+    """What follows of their text."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer is complete or was stopped."""
 
@@ -178,6 +188,8 @@ class Finished:
     """What the engine's process holds in the host's memory, weights mapped from the file included."""
     gpu_bytes: int | None = None
     """What is in use on all GPUs, by whatever program; None without one."""
+    calls: tuple[ToolCall, ...] = ()
+    """What the model calls."""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -221,5 +233,5 @@ class Failed:
 
 Command = Load | Reply | Stop | Quit
 LoadEvent = LoadProgress | Notice | Silent | Loaded
-ReplyEvent = PromptProgress | Piece | Notice | Silent | Finished
+ReplyEvent = PromptProgress | Piece | CallPiece | Notice | Silent | Finished
 Event = LoadEvent | ReplyEvent | Heartbeat | Failed

@@ -23,6 +23,7 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import Tokenized, TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV3, InstructTokenizerV7
@@ -30,7 +31,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
 from runtime.errors import EngineError, ModelFileError
-from runtime.events import Message
+from runtime.messages import Message
 from runtime.prompts import Transcript, Vocabulary, settled
 
 _TOOLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
@@ -39,7 +40,7 @@ _V3 = (*_V1, "[INST]", "[/INST]", *_TOOLS)
 _V7 = (*_V3, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 
 _Tokenizer: TypeAlias = MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]
-_Turn: TypeAlias = SystemMessage | UserMessage | AssistantMessage
+_Turn: TypeAlias = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
 _CONTROLS = {"mistral-v1": _V1, "mistral-v3": _V3, "mistral-v7": _V7}
 """The control tokens that each format's files must have."""
@@ -113,7 +114,13 @@ def _turn(message: Message) -> _Turn:
         case "user":
             return UserMessage(content=message.content)
         case "assistant":
-            return AssistantMessage(content=message.content)
+            calls = [
+                ToolCall(id=_short_id(call.id), function=FunctionCall(name=call.name, arguments=call.arguments))
+                for call in message.calls
+            ]
+            return AssistantMessage(content=message.content or None, tool_calls=calls or None)
+        case "tool":
+            return ToolMessage(content=message.content, tool_call_id=_short_id(message.call_id or ""))
 
 
 def _version(kind: str) -> TokenizerVersion:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.errors import CatalogueError, EngineError
-from runtime.events import Message
+from runtime.messages import Message
 
 KINDS = ("mistral-v1", "mistral-v3", "mistral-v7", "template")
 """The prompt formats, as models.yaml names them."""
@@ -102,7 +102,7 @@ def settled(messages: Sequence[Message]) -> list[Message]:
     told = [
         replace(message, content=message.content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         for message in messages
-        if message.role == "user" or message.content.strip()
+        if message.role in ("user", "tool") or message.content.strip() or message.calls
     ]
     if not any(message.role == "user" for message in told):
         raise EngineError("the conversation has no user message, so there is nothing to answer; write one")

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from runtime.errors import EngineError, WorkerDiedError
 from runtime.events import (
+    CallPiece,
     Event,
     Failed,
     Finished,
@@ -23,7 +24,6 @@ from runtime.events import (
     Loaded,
     LoadEvent,
     LoadProgress,
-    Message,
     Notice,
     Piece,
     PromptProgress,
@@ -34,6 +34,7 @@ from runtime.events import (
     Stop,
 )
 from runtime.grammar import Grammar
+from runtime.messages import Message, Tool, ToolChoice
 from runtime.obituary import rebuild
 from runtime.worker import Worker
 
@@ -72,14 +73,16 @@ class Session:
         *,
         logprobs: int | None = None,
         grammar: Grammar | None = None,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
     ) -> Iterator[ReplyEvent]:
-        """Answer the conversation: `PromptProgress`…, `Piece`…, `Finished`. Raises UserError.
+        """Answer the conversation: `PromptProgress`…, `Piece` and `CallPiece`…, `Finished`. Raises UserError.
 
         `logprobs`: pieces carry their tokens' log-probabilities, and of as many likeliest ones. The answer keeps to
         `grammar`.
         A caller that leaves early stops the answer; the next reply starts clean.
         """
-        reply = Reply(tuple(messages), sampling, logprobs, grammar)
+        reply = Reply(tuple(messages), sampling, logprobs, grammar, tuple(tools), tool_choice)
         try:
             yield from self._replying(reply)
         except WorkerDiedError as death:
@@ -125,8 +128,10 @@ class Session:
             raise EngineError("no model is loaded")
         with contextlib.closing(self._events(worker, reply)) as events:
             for event in events:
-                assert isinstance(event, PromptProgress | Piece | Notice | Silent | Finished), event
-                if isinstance(event, Piece) or (isinstance(event, PromptProgress) and event.done > event.reused):
+                assert isinstance(event, PromptProgress | Piece | CallPiece | Notice | Silent | Finished), event
+                if isinstance(event, Piece | CallPiece) or (
+                    isinstance(event, PromptProgress) and event.done > event.reused
+                ):
                     self._prove()
                 yield event
 

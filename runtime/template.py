@@ -32,7 +32,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import EngineError, ModelFileError
-from runtime.events import Message
+from runtime.messages import Message
 from runtime.prompts import Transcript, Vocabulary, settled, texts, with_parsed_arguments
 
 _PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # planes 15 and 16: 131,068 characters

@@ -11,13 +11,13 @@ from runtime.events import (
     Loaded,
     LoadEvent,
     LoadProgress,
-    Message,
     Piece,
     PromptProgress,
     ReplyEvent,
     Sampling,
     StopReason,
 )
+from runtime.messages import Message
 
 N_CTX = 1000
 

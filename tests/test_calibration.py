@@ -15,7 +15,8 @@ from hatchling.builders.wheel import WheelBuilder
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from runtime.events import EngineSettings, Message
+from runtime.events import EngineSettings
+from runtime.messages import Message
 from runtime.native import Model, Vocabulary
 from runtime.prompts import prompter
 from tests.test_prompts import file_of, pieces_of, write_vocabulary

@@ -13,7 +13,8 @@ from textual.widgets import Label, OptionList, Static
 from textual.widgets import Markdown as MarkdownWidget
 
 from runtime.errors import EngineError, ModelFileError, WorkerDiedError
-from runtime.events import LoadProgress, Message, Notice, PromptProgress, Sampling, Silent
+from runtime.events import LoadProgress, Notice, PromptProgress, Sampling, Silent
+from runtime.messages import Message
 from tests.fakes import FakeEngine
 from tui.app import ChatApp, chat_app
 from tui.history import History, HistoryError, Turn

@@ -12,8 +12,9 @@ import pytest
 
 from runtime.engine import Engine
 from runtime.errors import EngineError
-from runtime.events import EngineSettings, Load, Message, Piece, Sampling
+from runtime.events import EngineSettings, Load, Piece, Sampling
 from runtime.hardware import Device, host_memory
+from runtime.messages import Message
 from runtime.native_devices import devices
 from runtime.session import Session
 from tests.checkpoints import DEMO

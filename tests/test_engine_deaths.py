@@ -24,7 +24,6 @@ from runtime.events import (
     Load,
     Loaded,
     LoadProgress,
-    Message,
     Notice,
     Piece,
     PromptProgress,
@@ -34,6 +33,7 @@ from runtime.events import (
     Silent,
 )
 from runtime.memory_watch import resident_bytes
+from runtime.messages import Message
 from runtime.obituary import Death, last_words, obituary
 from runtime.session import Session
 from runtime.worker import Worker

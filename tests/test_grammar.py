@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from runtime.engine import Engine
 from runtime.errors import EngineError, GrammarError
-from runtime.events import EngineSettings, Event, Finished, Message, Piece, Reply
+from runtime.events import EngineSettings, Event, Finished, Piece, Reply
 from runtime.grammar import Grammar
+from runtime.messages import Message
 from runtime.native import Model, lib
 from runtime.native_sampling import Sampler
 from runtime.sampling import Sampling

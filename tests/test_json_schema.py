@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from runtime.engine import Engine
 from runtime.errors import GrammarError
-from runtime.events import EngineSettings, Finished, Load, Message, Piece
+from runtime.events import EngineSettings, Finished, Load, Piece
 from runtime.grammar import Grammar
 from runtime.json_schema import grammar_of
+from runtime.messages import Message
 from runtime.native_sampling import Sampler
 from runtime.sampling import Sampling
 from runtime.session import Session

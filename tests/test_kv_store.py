@@ -12,9 +12,10 @@ import pytest
 
 from runtime.engine import Engine
 from runtime.errors import EngineError, WorkerDiedError
-from runtime.events import EngineSettings, Finished, Load, Message, Piece, PromptProgress, ReplyEvent
+from runtime.events import EngineSettings, Finished, Load, Piece, PromptProgress, ReplyEvent
 from runtime.kv_store import KvStore, fingerprint, n_common
 from runtime.library import kv_folder
+from runtime.messages import Message
 from runtime.sampling import Sampling
 from runtime.session import Session
 from tests.checkpoints import DEMO

@@ -17,7 +17,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 
 from runtime.errors import CatalogueError, EngineError, ModelFileError
-from runtime.events import EngineSettings, Message, Role
+from runtime.events import EngineSettings
+from runtime.messages import Message, Role
 from runtime.native import Model, Vocabulary
 from runtime.prompts import Prompter, Transcript, prompter
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from runtime.answering import Answerer
 from runtime.engine import Engine
 from runtime.errors import EngineError
-from runtime.events import Drawn, EngineSettings, Event, Finished, Message, Piece, Reply
+from runtime.events import Drawn, EngineSettings, Event, Finished, Piece, Reply
 from runtime.logprobs import log_probabilities
+from runtime.messages import Message
 from runtime.native_sampling import Sampler
 from runtime.prompts import Prompter
 from runtime.sampling import MAX_SEED, NAMES, Sampling, chain, describe, setting

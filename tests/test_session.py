@@ -22,7 +22,6 @@ from runtime.events import (
     Load,
     Loaded,
     LoadProgress,
-    Message,
     Piece,
     PromptProgress,
     Reply,
@@ -31,6 +30,7 @@ from runtime.events import (
 )
 from runtime.grammar import Grammar
 from runtime.memory_watch import resident_bytes
+from runtime.messages import Message
 from runtime.prompts import Prompter
 from runtime.session import Session
 from tests.checkpoints import DEMO

@@ -7,7 +7,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from quant.convert import make_levels
-from runtime.events import EngineSettings, Message
+from runtime.events import EngineSettings
+from runtime.messages import Message
 from runtime.native import Model
 from runtime.prompts import prompter
 

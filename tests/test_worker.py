@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import WorkerDiedError
-from runtime.events import EngineSettings, Event, Failed, Finished, Load, Loaded, Message, Reply, Sampling, Stop
+from runtime.events import EngineSettings, Event, Failed, Finished, Load, Loaded, Reply, Sampling, Stop
+from runtime.messages import Message
 from runtime.worker import Worker
 from tests.checkpoints import DEMO
 from tests.rpc import rpc_servers

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from runtime.events import LoadEvent, Message, ReplyEvent, Sampling
+from runtime.events import LoadEvent, ReplyEvent, Sampling
+from runtime.messages import Message
 from tui.history import Turn
 
 

@@ -7,7 +7,8 @@ from textual.message import Message as Posted
 from textual.screen import Screen
 
 from runtime.errors import UserError
-from runtime.events import Finished, Loaded, LoadEvent, Message, ReplyEvent, Sampling
+from runtime.events import Finished, Loaded, LoadEvent, ReplyEvent, Sampling
+from runtime.messages import Message
 from tui.talker import Talker
 
 

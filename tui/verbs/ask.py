@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from runtime.errors import EngineError
-    from runtime.events import Finished, LoadProgress, Message, Notice, Piece, Silent
+    from runtime.events import Finished, LoadProgress, Notice, Piece, Silent
+    from runtime.messages import Message
     from runtime.session import Session
     from tui.choose import choose, remember
     from tui.engine_options import engine_settings, presets

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure kernels and converter beside llama.cpp's, print tables, write JSON."""
+"""`python -m benchmarks`: measure kernels, converter and runtime beside llama.cpp's, print tables, write JSON."""
 
 import argparse
 import os
@@ -10,17 +10,21 @@ from benchmarks.experiments import SCALES, SIX, Bench, check_room, model_of, nee
 from benchmarks.kernels import EFFORTS, kernel_speeds
 from benchmarks.machine import machine
 from benchmarks.results import KernelResults, Results
+from benchmarks.runtime import RuntimeResults, runtime_speeds
+from benchmarks.runtime_table import runtime_table
 from benchmarks.table import kernel_table, table
 from quant.work import usable_cores
 from runtime.errors import UserError
 from runtime.levels import LEVELS
+
+PARTS = ("kernels", "converter", "runtime")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("bench-out"), help="where to work (default: bench-out)")
     parser.add_argument("--scale", choices=SCALES, default="full", help="default: full")
-    parser.add_argument("--only", choices=("kernels", "converter"), help="default: both")
+    parser.add_argument("--only", choices=PARTS, help="default: all")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of both sides (default: every core)")
     parser.add_argument("--levels", default=",".join(LEVELS), help="default: the ten, and six of them")
     parser.add_argument("--repeats", type=int, help="pairs of runs on the smaller model")
@@ -29,13 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown or options.threads < 1:
         parser.error(f"unknown level {unknown[0]}" if unknown else "threads must be 1 or more")
     folder = options.dir.absolute()
+    parts = PARTS if options.only is None else (options.only,)
     try:
-        if options.only != "converter":
+        if "kernels" in parts:
             kernels = measure_kernels(folder, options.scale)
             _show(kernel_table(kernels), kernels.to_json(), options.dir / "kernels.json")
-        if options.only != "kernels":
+        if "converter" in parts:
             results = measure(folder, options.scale, options.threads, options.levels.split(","), options.repeats)
             _show(table(results), results.to_json(), options.dir / "speed.json")
+        if "runtime" in parts:
+            found = measure_runtime(folder, options.scale, options.threads)
+            _show(runtime_table(found), found.to_json(), options.dir / "runtime.json")
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
@@ -48,6 +56,14 @@ def measure_kernels(folder: Path, scale: str) -> KernelResults:
     found_on = machine(folder)
     speeds = kernel_speeds(EFFORTS[scale], sorted(os.sched_getaffinity(0)), _say)
     return KernelResults(found_on, os.getloadavg(), scale, speeds)
+
+
+def measure_runtime(folder: Path, scale: str, threads: int) -> RuntimeResults:
+    """Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found_on = machine(folder)
+    speeds = runtime_speeds(folder, scale, threads, _say)
+    return RuntimeResults(found_on, os.getloadavg(), scale, speeds)
 
 
 def measure(folder: Path, scale_name: str, threads: int, levels: list[str], repeats: int | None) -> Results:

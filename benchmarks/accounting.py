@@ -63,7 +63,7 @@ class Meter:
         self.seconds = time.perf_counter() - self._began
         self.cpu_seconds = _cpu_seconds(resource.RUSAGE_SELF) - self._cpu
         self.traffic = {key: value - self._io[key] for key, value in _traffic().items()}
-        self.peak_resident_bytes = _status("self", "VmHWM")
+        self.peak_resident_bytes = status_bytes("self", "VmHWM")
 
     def as_json(self) -> dict[str, Any]:
         """What `run_step` reads."""
@@ -95,7 +95,7 @@ def run_step(task: Mapping[str, Any], cold: Iterable[Path] = ()) -> tuple[Cost, 
     anonymous = 0
     try:
         while process.poll() is None:
-            anonymous = max(anonymous, _status(str(process.pid), "RssAnon"))
+            anonymous = max(anonymous, status_bytes(str(process.pid), "RssAnon"))
             time.sleep(SAMPLING_SECONDS)
         said, _ = process.communicate()
     finally:
@@ -131,7 +131,7 @@ def _traffic() -> dict[str, int]:
     return {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
 
 
-def _status(process: str, key: str) -> int:
+def status_bytes(process: str, key: str) -> int:
     """Bytes of one line of /proc/PID/status; 0 where there is no such line any more."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace").splitlines()

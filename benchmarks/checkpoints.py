@@ -2,7 +2,7 @@
 
 The weights are normal with the spread that trained ones have (sigma 0.02), the same in every run and for any number of
 threads: each block of a tensor has a generator of its own, seeded by the two numbers. Vocabulary and settings are the
-demo's; a vocabulary that is larger than the demo's tokenizer is padded by the converter.
+demo's; a vocabulary that is larger than the tokenizer's is padded by the converter.
 """
 
 import json
@@ -30,8 +30,11 @@ BLOCK = 1 << 22
 WEIGHTS_FILE = "model.safetensors"
 
 
-def random_checkpoint(folder: Path, shape: Shape, threads: int) -> Path:
-    """A folder of random weights; one that is there already, whole and of this shape, is left as it is."""
+def random_checkpoint(folder: Path, shape: Shape, threads: int, *, tokenizer: Path | None = None) -> Path:
+    """A folder of random weights; one that is there already, whole and of this shape, is left as it is.
+
+    `tokenizer` is a SentencePiece file; None takes the demo's.
+    """
     path = folder / WEIGHTS_FILE
     header, places = _header(shape)
     n_bytes = len(header) + 2 * sum(spec.n_elements for spec in tensors(shape))
@@ -40,6 +43,8 @@ def random_checkpoint(folder: Path, shape: Shape, threads: int) -> Path:
             if there.read(len(header)) == header:
                 return folder
     _small_files(folder, shape)
+    if tokenizer is not None:
+        shutil.copy(tokenizer, folder / "tokenizer.model")
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         file.write(header)

@@ -31,7 +31,7 @@ Row = Sequence[str]
 def table(results: Results) -> str:
     """Every part about the converter, with the machine above."""
     parts = [
-        f"{_machine(results.machine, results.load_after)}\n{_model(results.model)}; {results.threads} threads",
+        f"{machine_lines(results.machine, results.load_after)}\n{model_line(results.model)}; {results.threads} threads",
         *(_comparison(comparison) for comparison in results.comparisons),
         LEGEND,
         f"{results.n_compared:,} tensors made by both sides are the same by SHA-256.",
@@ -47,7 +47,7 @@ def kernel_table(results: KernelResults) -> str:
     speeds = results.speeds
     return "\n\n".join(
         [
-            _machine(results.machine, results.load_after),
+            machine_lines(results.machine, results.load_after),
             "Million weights a second on one core, and how many times ggml's (median; lowest to highest)\n"
             + _kernel_speeds((*speeds.types, *speeds.levels)),
             f"The longer search, whose blocks are better than ggml's\n{_kernel_speeds(speeds.longer)}",
@@ -65,7 +65,7 @@ def _kernel_speeds(speeds: Sequence[KernelSpeed]) -> str:
             low, middle, high = side.ratios
             cells += [f"{side.weights_per_second / 1e6:.1f}", f"×{middle:.2f}", f"({low:.2f} to {high:.2f})"]
         rows.append(cells)
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _core_speeds(speeds: Sequence[CoreSpeed]) -> str:
@@ -76,14 +76,14 @@ def _core_speeds(speeds: Sequence[CoreSpeed]) -> str:
         ]
         numbers = [f"{found / 1e6:.1f}" for found in (speed.one_core, speed.all_cores)]
         rows.append((speed.build, _yes(speed.importance), str(speed.cores), *numbers, *ratios))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _machine(machine: Mapping[str, Any], load_after: Sequence[float]) -> str:
+def machine_lines(machine: Mapping[str, Any], load_after: Sequence[float]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     kind = "a virtual machine, " if machine["virtual"] else ""
     load = f"{machine['load'][0]:.1f} before and {load_after[0]:.1f} after"
@@ -97,7 +97,7 @@ def _machine(machine: Mapping[str, Any], load_after: Sequence[float]) -> str:
     )
 
 
-def _model(model: Model) -> str:
+def model_line(model: Model) -> str:
     shape = model.shape
     layers = "1 layer" if shape.n_layers == 1 else f"{shape.n_layers} layers"
     return (
@@ -119,7 +119,7 @@ def _comparison(comparison: Comparison) -> str:
     ratios = comparison.ratios
     return (
         f"{len(comparison.levels)} levels, once each side, no input in memory at the start of a step\n"
-        f"{_aligned(rows)}\n"
+        f"{aligned(rows)}\n"
         f"Bise is {ratios['wall']:.2f} times as fast (CPU {ratios['cpu']:.2f}; with all files on the disk "
         f"{ratios['flushed']:.2f}; were the BF16 GGUF there already {ratios['levels_only']:.2f}), reads "
         f"1/{ratios['read']:.1f} and writes 1/{ratios['written']:.2f} of the bytes"
@@ -170,7 +170,7 @@ def _repeats(repeats: Repeats) -> str:
     ]
     spread = {name: f"{found[1]:.2f} ({found[0]:.2f} to {found[2]:.2f})" for name, found in repeats.spread.items()}
     return (
-        f"In turn, inputs in memory, {len(repeats.levels)} levels of {_model(repeats.model)}\n{_aligned(rows)}\n"
+        f"In turn, inputs in memory, {len(repeats.levels)} levels of {model_line(repeats.model)}\n{aligned(rows)}\n"
         f"Bise with ggml's kernels: {spread['reference']} times as fast as llama.cpp, CPU {spread['reference_cpu']}\n"
         f"Bise with its own: {spread['wall']}, CPU {spread['cpu']} (median, lowest to highest)"
     )
@@ -197,7 +197,7 @@ def _depths(depths: Iterable[Depth]) -> str:
         )
         for depth in depths
     ]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _anatomy(anatomy: Anatomy, threads: int) -> str:
@@ -213,10 +213,10 @@ def _anatomy(anatomy: Anatomy, threads: int) -> str:
     share = f"{rest_cpu / anatomy.cost.cpu_seconds:.1%}"
     rows.append(("all else, and idle", f"{rest:.1f}", f"{rest_cpu:.1f}", share, "", ""))
     title = f"Where the threads' time goes, {len(anatomy.levels)} levels in {anatomy.cost.seconds:.1f} s"
-    return f"{title}\n{_aligned(rows)}"
+    return f"{title}\n{aligned(rows)}"
 
 
-def _aligned(rows: Sequence[Row]) -> str:
+def aligned(rows: Sequence[Row]) -> str:
     """The first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from benchmarks.__main__ import main
 from benchmarks.checkpoints import DEMO, SIGMA, random_checkpoint
@@ -37,7 +38,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *texts, **_: printed.extend(texts))
-        assert main(["--dir", str(folder), "--scale", "demo", "--threads", "2", "--levels", ",".join(LEVELS)]) == 0
+        for part in ("kernels", "converter"):
+            levels = ",".join(LEVELS)
+            options = ["--dir", str(folder), "--scale", "demo", "--threads", "2", "--levels", levels, "--only", part]
+            assert main(options) == 0
     return json.loads((folder / "speed.json").read_text()), "\n".join(printed), folder
 
 
@@ -201,3 +205,23 @@ def test_the_room_is_known_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs 1,000,.* bytes below .* are free"):
         check_room(tmp_path, 10**18)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_runtime_is_measured_beside_the_bare_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dir", str(tmp_path), "--scale", "demo", "--threads", "1", "--only", "runtime"]) == 0
+    (speed,) = json.loads((tmp_path / "runtime.json").read_text())["speeds"]
+    printed = capsys.readouterr().out
+    (round_,) = speed["rounds"]
+    text = (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[400:800]
+    n_tokens = len(SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model")).encode(text))
+    assert round_["n_prompt"] == n_tokens + 1  # and [/INST]; every question begins with <s>[INST]
+    for name, ours in (("prompt", "our_prompt"), ("answer", "our_answer"), ("drawn_answer", "our_drawn_answer")):
+        raw = round_["raw_prompt" if name == "prompt" else "raw_answer"]
+        assert speed["ratios"][name] == pytest.approx([round_[ours] / raw] * 3)
+        assert re.search(rf" {round_[ours]:,.1f} tokens/s +{round_[ours] / raw:.3f} ", printed)
+    (turn,) = speed["turns"]
+    assert 200 < turn["n_reused"] < turn["n_prompt"] - 10  # two turns; the new question is not among them
+    assert speed["ratios"]["next_turn"][1] == pytest.approx(turn["cold_seconds"] / turn["warm_seconds"])
+    for side in ("raw", "our"):
+        assert 6 << 20 < speed[f"{side}_anonymous_bytes"] < speed[f"{side}_resident_bytes"] < 1 << 30

@@ -16,8 +16,8 @@ from quant.quality.baselog import BaseLog, BaseLogWriter
 from quant.quality.measurement import measure
 from quant.quality.statistics import Estimate
 from quant.quality.texts import Text, split_chunks
-from runtime.engine import ScoringEngine
 from runtime.events import EngineSettings
+from runtime.scoring import ScoringEngine
 
 Divergences = Mapping[str, NDArray[np.float64]]
 """Text → mean KL divergence of each of its chunks, in nats a token, (C,)."""

@@ -26,11 +26,11 @@ from quant.importance.corpus import CalibrationText, read_texts
 from quant.importance.sums import Collector
 from quant.quality.texts import TextError
 from quant.recipes import tensors
-from runtime.engine import ScoringEngine
 from runtime.errors import ModelFileError, OutputError, UserError
 from runtime.events import EngineSettings, Load
 from runtime.native import system_info
 from runtime.native_graph import Node, Observer
+from runtime.scoring import ScoringEngine
 from tests.checkpoints import DEMO, DEMO_SHAPE
 from tests.faults import at_call, fill_disk
 from tests.imatrices import legacy_imatrix, legacy_tail, write_imatrix

@@ -122,7 +122,7 @@ def test_blocks_that_cannot_be_cut_are_refused_before_they_crash(
 
 def threads(path: Path, servers: tuple[str, ...]) -> list[int]:
     """Threads by default, with every layer on a device, with some, and with none."""
-    from runtime.engine import n_cores, n_threads, open_model
+    from runtime.opening import n_cores, n_threads, open_model
 
     chosen = []
     for n_gpu_layers in (-1, 9, 8, 0):

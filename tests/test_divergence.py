@@ -10,8 +10,8 @@ from quant.quality.judge import judge
 from quant.quality.results import this_environment
 from quant.quality.texts import read_text
 from quant.quality.trial import LevelFile, Trial
-from runtime.engine import ScoringEngine
 from runtime.events import EngineSettings
+from runtime.scoring import ScoringEngine
 
 
 def test_a_change_is_paired_by_chunk_and_its_error_is_that_of_the_differences() -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime.engine import Engine, ScoringEngine
+from runtime.engine import Engine
 from runtime.errors import EngineError
 from runtime.events import EngineSettings, Sampling
 from runtime.native_context import AbortedError
+from runtime.scoring import ScoringEngine
 from tests.checkpoints import DEMO
 
 SETTINGS = EngineSettings(n_ctx=256, n_batch=64, n_ubatch=32, n_threads=1)

@@ -8,10 +8,11 @@ from pathlib import Path
 import gguf
 import pytest
 
-from runtime.engine import Engine, survivable
+from runtime.engine import Engine
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import EngineSettings
 from runtime.native import has_amx_kernels
+from runtime.opening import survivable
 from tests.rpc import apart
 
 SETTINGS = EngineSettings(n_ctx=256, n_batch=64, n_ubatch=32, n_threads=1)

@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime import ggml
-from runtime.engine import ScoringEngine
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.ggml import GgmlType
 from runtime.native_graph import Node, Weights
+from runtime.scoring import ScoringEngine
 from tests.rpc import apart
 
 SETTINGS = EngineSettings(n_ctx=32, n_batch=64, n_ubatch=64, n_threads=1)

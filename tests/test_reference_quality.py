@@ -18,10 +18,10 @@ from quant.quality.results import Environment, Results, Row
 from quant.quality.statistics import Divergence, Estimate
 from quant.quality.texts import BUNDLED, read_text
 from quant.quality.trial import LevelFile, Trial
-from runtime.engine import ScoringEngine
 from runtime.events import EngineSettings
 from runtime.levels import LEVELS, ORIGINAL
 from runtime.native import system_info
+from runtime.scoring import ScoringEngine
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "demo-perplexity.json").read_text(encoding="utf-8"))
 

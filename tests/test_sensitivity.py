@@ -17,9 +17,9 @@ from quant.choosing.sensitivity import Measurement, Sensitivity, SensitivityErro
 from quant.inputs import open_source
 from quant.quality.texts import model_input
 from quant.recipes import TensorSpec, tensors
-from runtime.engine import ScoringEngine
 from runtime.events import EngineSettings
 from runtime.ggml import GgmlType, quantize, row_bytes
+from runtime.scoring import ScoringEngine
 from tests.checkpoints import DEMO, DEMO_SHAPE
 
 SETTINGS = EngineSettings(n_ctx=64, n_batch=128, n_ubatch=128, n_threads=1)

@@ -26,7 +26,7 @@ _HIGHEST_LOSS = 700.0
 
 
 class Scorer(Protocol):
-    """A loaded model that gives the logits of whole chunks; `runtime.engine.ScoringEngine` is one."""
+    """A loaded model that gives the logits of whole chunks; `runtime.scoring.ScoringEngine` is one."""
 
     n_vocab: int
     n_ctx: int

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from quant.importance.collection import Collection, collect
     from quant.importance.corpus import BUNDLED, read_texts
     from runtime import library, native
-    from runtime.engine import ScoringEngine
+    from runtime.scoring import ScoringEngine
     from tui.engine_options import engine_settings
     from tui.progress import ProgressLine
 

@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     from quant.quality.texts import read_text
     from quant.quality.trial import Trial
     from runtime import library
-    from runtime.engine import ScoringEngine
     from runtime.errors import OutputError
     from runtime.events import EngineSettings
     from runtime.levels import ORIGINAL
+    from runtime.scoring import ScoringEngine
     from tui.progress import ProgressLine
 
     with ProgressLine("measuring") as line:

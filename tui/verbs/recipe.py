@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from quant.importance.corpus import CalibrationText
     from quant.source import Source
     from runtime.catalogue import Model
-    from runtime.engine import ScoringEngine
     from runtime.ggml import GgmlType
+    from runtime.scoring import ScoringEngine
     from tui.progress import ProgressLine
 
 HELP = "choose each tensor's type for a size, by measuring"
@@ -162,9 +162,9 @@ def _measure(
     from quant.choosing.sensitivity import Sensitivity, load, save
     from quant.importance.corpus import BUNDLED, read_texts
     from runtime import library
-    from runtime.engine import ScoringEngine
     from runtime.events import EngineSettings
     from runtime.levels import Search
+    from runtime.scoring import ScoringEngine
     from tui.recipes import show_measuring
 
     file, level = _model_file(arguments, source, line)

@@ -108,7 +108,9 @@ class Answerer:
         try:
             self._engine.read(ids, progress)
             answering = time.monotonic()
-            sampling = self._engine.start_sampling(reply.sampling, reply.grammar)
+            # Kernels round otherwise for several tokens than for one, and a seed is given to repeat an answer exactly.
+            drafting = reply.sampling.seed is None
+            sampling = self._engine.start_sampling(reply.sampling, reply.grammar, drafting=drafting)
             reason, n_answer, first = self._draw(reply, emit)
         except AbortedError:  # while the prompt was read
             answering = time.monotonic()
@@ -126,6 +128,8 @@ class Answerer:
                 first_token_seconds=first - started if first is not None else None,
                 memory_bytes=resident_bytes(),
                 gpu_bytes=self._engine.gpu_bytes(),
+                drafted_tokens=self._engine.n_drafted,
+                accepted_tokens=self._engine.n_accepted,
             )
         )
         self._engine.keep()  # nobody waits for it

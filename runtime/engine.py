@@ -1,37 +1,48 @@
 """One loaded model that answers: token ids in, token ids and logits out.
 
-`Engine` reads a prompt (keeping what the KV cache already holds of it), then draws one token at a time. It knows
-nothing of messages or prompt formats; it is purely token ids. Only `abort` may be called from another thread.
+`Engine` reads a prompt (keeping what the KV cache already holds of it), then draws one token at a time. With each it
+may compute guesses at the next ones (speculation.py); every token is drawn from logits all the same, and guesses that
+were not drawn are dropped. It knows nothing of messages or prompt formats; it is purely token ids. Only `abort` may be
+called from another thread.
 """
 
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.concessions import gib
+from runtime.draft_model import DraftModel
+from runtime.drafting import MOST_DRAFTS
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.grammar import Grammar
 from runtime.kv_store import WORTH_TOKENS, KvStore, n_common
-from runtime.native import ModelInfo, Vocabulary
+from runtime.native import Model, ModelInfo, Vocabulary
 from runtime.native_context import AbortedError, Context, ContextSettings
 from runtime.native_devices import devices
 from runtime.native_sampling import Sampler
 from runtime.opening import n_threads, open_model
 from runtime.pace import Stride
 from runtime.sampling import MAX_SEED, Sampling, describe
+from runtime.speculation import Speculation
 
 
 class Engine:
     """A model with one sequence in its KV cache. Errors as in `native.Model` and `native_context.Context`."""
 
     def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
-        self._model = open_model(path, settings, progress)
         n_batch = min(settings.n_batch, settings.n_ctx)
         n_ubatch = min(settings.n_ubatch, n_batch)
+        speculates = settings.drafts or settings.draft_model is not None
+        self._most_drafts = min(MOST_DRAFTS, n_ubatch - 1) if speculates else 0
+        self._model, self._draft_model = _open(path, settings, progress, n_outputs=1 + self._most_drafts)
+        if not self._model.forgets:
+            self._most_drafts = 0
         try:
             self._context = Context(
                 self._model,
@@ -40,17 +51,25 @@ class Engine:
                     n_batch=n_batch,
                     n_ubatch=n_ubatch,
                     n_seq_max=1,
-                    n_outputs_max=1,
+                    n_outputs_max=1 + self._most_drafts,
                     n_threads=n_threads(settings, self._model),
                     kv_type=settings.kv_type,
                 ),
             )
         except EngineError:
-            self._model.close()
+            self._close_models()
             raise
+        self._speculation = Speculation(settings.n_ctx, self._draft_model) if self._most_drafts else None
         self.n_ctx = settings.n_ctx
         self._stride = Stride(n_ubatch, n_batch)
-        self._cached: list[int] = []  # the ids whose K and V the cache holds, in order
+        self._cached: list[int] = []  # the ids whose K and V the cache holds, in order, but for:
+        self._drafts: list[int] = []  # those computed behind them that are not drawn yet
+        self._n_rows, self._row = 1, 0  # of logits from the last decode; where `next` draws from
+        self._drafter: Speculation | None = None  # of the answer that is being drawn
+        self.n_drafted = 0
+        """Guesses computed since `start_sampling`."""
+        self.n_accepted = 0
+        """Of these, how many were drawn."""
         self._sampler: Sampler | None = None
         self._store: KvStore | None = None
         if settings.kept_kv_bytes > 0:
@@ -96,6 +115,7 @@ class Engine:
                 f"the conversation has {len(ids)} tokens and the context holds {self.n_ctx}; start a new conversation "
                 "or raise --context"
             )
+        self._drop_drafts()
         reused = n_common(self._cached, ids[:-1])
         if self._store is not None and self._restore(self._store, ids[:-1], reused):
             reused = n_common(self._cached, ids[:-1])
@@ -107,21 +127,28 @@ class Engine:
         on_progress(reused, len(ids), reused)
         while len(self._cached) < len(ids):
             began = time.monotonic()
-            self._decode(ids[len(self._cached) :][: self._stride.tokens])
+            stride = ids[len(self._cached) :][: self._stride.tokens]
+            self._decode(stride, 1)
             self._stride.took(time.monotonic() - began)
             on_progress(len(self._cached), len(ids), reused)
         return reused
 
-    def start_sampling(self, sampling: Sampling, grammar: Grammar | None = None) -> str:
+    def start_sampling(self, sampling: Sampling, grammar: Grammar | None = None, *, drafting: bool = True) -> str:
         """Set how `next` draws after what was read so far, and say it in words. A fixed seed repeats the answer.
 
-        What is drawn from then on keeps to the grammar. Raises EngineError for what does not fit the model.
+        To the last bit without `drafting`: kernels round a token otherwise in a batch than alone. What is drawn from
+        then on keeps to the grammar. Raises EngineError for what does not fit the model, AbortedError.
         """
         if self._sampler is not None:
             self._sampler.close()
             self._sampler = None
         seed = sampling.seed if sampling.seed is not None else secrets.randbelow(MAX_SEED + 1)
         self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=self._cached, grammar=grammar)
+        self.n_drafted = self.n_accepted = 0
+        self._drop_drafts()
+        self._drafter = self._speculation if drafting else None
+        if self._drafter is not None:
+            self._drafter.start(self._cached)
         return f"{'grammar → ' if grammar is not None else ''}{describe(sampling, seed)}"
 
     def next(self) -> int:
@@ -130,11 +157,30 @@ class Engine:
         return self._sampler.draw(self.logits())
 
     def extend(self, token: int) -> None:
-        """Decode one more id. Raises AbortedError."""
-        self._decode([token])
+        """Go on by one more id, which is computed unless it was guessed. Raises AbortedError."""
+        if self._context.aborting:
+            raise AbortedError
+        if self._drafter is not None:
+            self._drafter.drawn(token)
+        if self._drafts and self._drafts[0] == token:
+            self._cached.append(self._drafts.pop(0))
+            self._row += 1
+            self.n_accepted += 1
+            return
+        self._drop_drafts()
+        if self._drafter is None:
+            self._decode([token], 1)
+            return
+        room = self.n_ctx - len(self._cached) - 1
+        drafts = self._drafter.drafts(min(self._most_drafts, room))
+        began = time.monotonic()
+        self._decode([token, *drafts], 1 + len(drafts))
+        self._drafter.took(1 + len(drafts), time.monotonic() - began)
+        self.n_drafted += len(drafts)
 
     def keep(self) -> None:
         """Keep the KV cache on the disk, if the settings give it room there. Without room it is not kept."""
+        self._drop_drafts()
         if self._store is not None:
             n_bytes = self._context.state_bytes(0) + 4 * len(self._cached)
             self._store.keep(self._cached, n_bytes, lambda path: self._context.save(0, self._cached, path))
@@ -156,29 +202,72 @@ class Engine:
 
     def logits(self) -> NDArray[np.float32]:
         """Logits after the last id, (n_vocab,): a view that the next decode overwrites."""
-        row: NDArray[np.float32] = self._context.logits(1)[0]
+        row: NDArray[np.float32] = self._context.logits(self._n_rows)[self._row]
         return row
 
     def abort(self, wanted: bool = True) -> None:
         """Ask the running decode to end, or take it back. May be called from any thread."""
         self._context.abort(wanted)
+        if self._draft_model is not None:
+            self._draft_model.abort(wanted)
 
     def close(self) -> None:
         if self._sampler is not None:
             self._sampler.close()
             self._sampler = None
         self._context.close()
+        self._close_models()
+
+    def _close_models(self) -> None:
+        if self._draft_model is not None:
+            self._draft_model.close()
         self._model.close()
 
-    def _decode(self, ids: Sequence[int]) -> None:
-        n, start = len(ids), len(self._cached)
+    def _drop_drafts(self) -> None:
+        """Take what was computed and not drawn out of the KV cache."""
+        if self._drafts:
+            self._context.forget(0, len(self._cached))
+            self._drafts.clear()
+
+    def _decode(self, ids: Sequence[int], n_rows: int) -> None:
+        """Compute ids, and logits behind each of the last `n_rows`: of these all but the first are drafts."""
+        n, start, n_certain = len(ids), len(self._cached), len(ids) - n_rows + 1
         outputs = np.zeros(n, np.int8)
-        outputs[-1] = 1
+        outputs[-n_rows:] = 1
         try:
             self._context.decode(
                 np.asarray(ids, np.int32), np.arange(start, start + n, dtype=np.int32), np.zeros(n, np.int32), outputs
             )
         except AbortedError:
-            self._cached.extend(ids[: self._context.length(0) - start])
+            n_done = self._context.length(0) - start
+            self._cached.extend(ids[: min(n_done, n_certain)])
+            self._drafts = list(ids[n_certain:n_done])
             raise
-        self._cached.extend(ids)
+        self._cached.extend(ids[:n_certain])
+        self._drafts = list(ids[n_certain:])
+        self._n_rows, self._row = n_rows, 0
+        self.logits()  # waits for GPUs
+
+
+def _open(
+    path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None, *, n_outputs: int
+) -> tuple[Model, DraftModel | None]:
+    """The model, and the draft model, which is placed first: the large one can be split around it."""
+    if settings.draft_model is None:
+        return open_model(path, settings, progress, n_outputs=n_outputs), None
+    draft = DraftModel(settings.draft_model, settings)
+    try:
+        model = open_model(path, replace(settings, rpc_servers=()), progress, n_outputs=n_outputs)
+    except EngineError as error:
+        draft.close()
+        raise EngineError(f"{error}; or leave out --draft, whose model takes {gib(draft.n_bytes)}") from None
+    except BaseException:
+        draft.close()
+        raise
+    try:
+        draft.check(model.vocabulary)
+    except EngineError:
+        model.close()
+        draft.close()
+        raise
+    return model, draft

@@ -44,6 +44,10 @@ class EngineSettings:
     """host:port of llama.cpp RPC devices. The protocol has no authentication."""
     use_extra_bufts: bool = True
     """CPU weight repacking. False avoids the AMX code that GCC 12 miscompiles."""
+    drafts: bool = False
+    """Guess the next tokens by what followed before in the text, and compute several at once (speculation.py)."""
+    draft_model: Path | None = None
+    """The GGUF file of a smaller model of the same vocabulary, which guesses where the text tells nothing."""
     kept_kv_bytes: int = 0
     """Room on the disk for KV caches of conversations (kv_store.py); 0 keeps none."""
 
@@ -190,6 +194,10 @@ class Finished:
     """What is in use on all GPUs, by whatever program; None without one."""
     calls: tuple[ToolCall, ...] = ()
     """What the model calls."""
+    drafted_tokens: int = 0
+    """Guesses at next tokens that were computed."""
+    accepted_tokens: int = 0
+    """Of these, how many were drawn."""
 
     @property
     def prompt_tokens_per_second(self) -> float:

@@ -261,6 +261,11 @@ class Model:
             n_layers=int(lib.llama_model_n_layer(self.pointer)),
         )
 
+    @property
+    def forgets(self) -> bool:
+        """Whether the last tokens can be taken back: a recurrent model has one state for all it has read."""
+        return not (lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer))
+
     def chat_template(self) -> str | None:
         """The Jinja template in the file, if it has one."""
         raw = lib.llama_model_chat_template(self.pointer, None)

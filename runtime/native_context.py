@@ -175,6 +175,11 @@ class Context:
         """Ask the running decode to end, or take it back. May be called from any thread."""
         self._abort_flag[0] = b"1" if wanted else b"0"
 
+    @property
+    def aborting(self) -> bool:
+        """Whether `abort` was asked for."""
+        return self._abort_flag[0] == b"1"
+
     def close(self) -> None:
         if self._context is not None:
             lib.llama_batch_free(self._batch)

@@ -202,6 +202,7 @@ class SpeltModel:
 
     is_spm = False
     n_ctx = context_used = 100
+    n_drafted = n_accepted = 0
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self.vocabulary = self
@@ -212,7 +213,7 @@ class SpeltModel:
         on_progress(len(ids), len(ids), 0)
         return 0
 
-    def start_sampling(self, sampling: Sampling, grammar: Grammar | None) -> str:
+    def start_sampling(self, sampling: Sampling, grammar: Grammar | None, *, drafting: bool) -> str:
         self._next = 0
         return "one after the other"
 

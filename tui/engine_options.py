@@ -3,7 +3,9 @@
 import argparse
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
+from runtime import library
 from runtime.catalogue import parse_bytes
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
@@ -11,6 +13,8 @@ from runtime.library import ModelFile
 from runtime.sampling import NAMES, WHOLE, Sampling
 
 DEFAULT_PRESET = "factual"
+
+_DRAFT_OFF, _DRAFT_LOOKUP = "off", "lookup"
 
 _SETTINGS = {
     "temperature": "0 takes the likeliest token",
@@ -65,6 +69,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
             metavar="SIZE",
             help="keep what was read of conversations on the disk, at most so much, such as 20GiB (default: nothing)",
         )
+        group.add_argument(
+            "--draft",
+            default="lookup",
+            metavar="HOW",
+            help="guess next tokens and compute several at once: by what followed before in the text (lookup, the "
+            "default), besides by a small MODEL of the same vocabulary, or not (off); with --seed none are",
+        )
     group.add_argument(
         "--rpc",
         default="",
@@ -96,7 +107,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSettings:
-    """Raises EngineError for a setting outside its range, CatalogueError for a size that is none."""
+    """Raises EngineError for a setting outside its range, CatalogueError for a size or draft model that is none."""
     n_ctx = file.context if arguments.context is None else arguments.context
     if n_ctx < 1:
         raise EngineError(f"--context {n_ctx} is not a number of tokens")
@@ -104,6 +115,7 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
         raise EngineError(f"--threads {arguments.threads} is not a number of threads")
     if arguments.ubatch < 1:
         raise EngineError(f"--ubatch {arguments.ubatch} is not a number of tokens; 512 is usual")
+    draft = getattr(arguments, "draft", _DRAFT_OFF)
     return EngineSettings(
         n_ctx=n_ctx,
         n_batch=max(2048, arguments.ubatch),
@@ -115,8 +127,15 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
         n_gpu_layers=arguments.gpu_layers,
         n_threads=arguments.threads,
         rpc_servers=tuple(server for server in arguments.rpc.split(",") if server),
+        drafts=draft != _DRAFT_OFF,
+        draft_model=None if draft in (_DRAFT_OFF, _DRAFT_LOOKUP) else _model_file(draft, arguments.models),
         kept_kv_bytes=parse_bytes(kept) if (kept := getattr(arguments, "keep_kv", None)) else 0,
     )
+
+
+def _model_file(model: str, models: Path | None) -> Path:
+    """The file of a model as `--model` names it. Raises CatalogueError."""
+    return library.find_model_file(model, None, library.shipped_catalogue(), models or library.models_folder()).path
 
 
 def _shares(text: str | None) -> tuple[float, ...] | None:

@@ -238,7 +238,9 @@ class ChatScreen(Screen[None]):
                 await self._finish(live)
                 self._enter(State.READY)
                 status = self.query_one(StatusLine)
-                status.show_answer(live.n_tokens, live.tokens_per_second, finished.first_token_seconds)
+                status.show_answer(
+                    live.n_tokens, live.tokens_per_second, finished.first_token_seconds, finished.accepted_tokens
+                )
                 status.show_context(finished.context_used, finished.n_ctx)
             case UserError() as error:
                 await self._finish(live)

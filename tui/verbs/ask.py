@@ -174,6 +174,8 @@ def _figures(finished: "Finished") -> list[str]:
         f"{finished.answer_tokens} answer tokens, {finished.tokens_per_second:.1f} tokens/s",
         f"context {finished.context_used} of {finished.n_ctx}",
     ]
+    if finished.drafted_tokens:
+        figures.insert(2, f"{finished.accepted_tokens} of {finished.drafted_tokens} guessed tokens right")
     if finished.first_token_seconds is not None:
         figures.insert(1, f"first token after {finished.first_token_seconds:.2f} s")
     if finished.memory_bytes is not None:
@@ -200,6 +202,8 @@ def _json(pieces: "list[Piece]", finished: "Finished") -> str:
         "first_token_seconds": finished.first_token_seconds,
         "memory_bytes": finished.memory_bytes,
         "gpu_bytes": finished.gpu_bytes,
+        "drafted_tokens": finished.drafted_tokens,
+        "accepted_tokens": finished.accepted_tokens,
         "sampling": finished.sampling,
         **({"tokens": tokens} if drawn else {}),
     }

@@ -68,9 +68,14 @@ class StatusLine(Horizontal):
         context.update("" if n_ctx is None else f"context {n_ctx:,}")
         context.remove_class("-full")
 
-    def show_answer(self, n_tokens: int, tokens_per_second: float, first_seconds: float | None = None) -> None:
+    def show_answer(
+        self, n_tokens: int, tokens_per_second: float, first_seconds: float | None = None, n_guessed: int = 0
+    ) -> None:
+        """`n_guessed` of the tokens were computed ahead."""
+        guessed = f" ({n_guessed:,} guessed)" if n_guessed else ""
         first = f"  first after {first_seconds:.1f} s" if first_seconds is not None else ""
-        self.query_one("#speed", Label).update(f"{counted(n_tokens, 'token')}  {tokens_per_second:.1f}/s{first}")
+        tokens = f"{counted(n_tokens, 'token')}{guessed}"
+        self.query_one("#speed", Label).update(f"{tokens}  {tokens_per_second:.1f}/s{first}")
 
     def show_context(self, used: int, n_ctx: int) -> None:
         """`used` of `n_ctx` tokens; marked, not by its colour alone, where it is nearly full."""

@@ -15,9 +15,9 @@ from runtime.errors import EngineError, UserError
 from runtime.events import EngineSettings
 from runtime.fitting import in_llama_order
 from runtime.hardware import Device
-from runtime.kv_store import n_common
+from runtime.kv_cache import KvCache
 from runtime.native import Vocabulary
-from runtime.native_context import AbortedError, Context, ContextSettings
+from runtime.native_context import Context, ContextSettings
 from runtime.native_devices import devices, register_rpc
 from runtime.opening import n_threads, open_model
 
@@ -34,7 +34,8 @@ class DraftModel:
             settings, rpc_servers=(), tensor_split=None, split_mode="layer", main_gpu=gpu, n_gpu_layers=n_gpu_layers
         )
         try:
-            self._model = open_model(path, placed)
+            n_branches = settings.n_branches
+            self._model = open_model(path, placed, n_seq=n_branches, n_outputs=n_branches, unified=True)
         except UserError as error:
             raise EngineError(f"the draft model: {error}; or leave out --draft") from None
         self._n_batch = min(settings.n_batch, settings.n_ctx)
@@ -45,10 +46,11 @@ class DraftModel:
                     n_ctx=settings.n_ctx,
                     n_batch=self._n_batch,
                     n_ubatch=min(settings.n_ubatch, self._n_batch),
-                    n_seq_max=1,
-                    n_outputs_max=1,
+                    n_seq_max=n_branches,
+                    n_outputs_max=n_branches,
                     n_threads=n_threads(placed, self._model),
                     kv_type=settings.kv_type,
+                    unified=True,
                 ),
             )
         except EngineError as error:
@@ -59,8 +61,8 @@ class DraftModel:
         self.seconds = 0.0
         """What a guess takes, of late; 0 before the first."""
         self._ids: list[int] = []
-        self._held: list[int] = []  # what the KV cache holds, guesses too
-        self._n_true = 0  # so many of them are the text's
+        self._cache = KvCache(self._context, n_branches if self._model.forgets else 1)  # guesses are in it too
+        self._n_true = 0  # so many of its ids are the text's
 
     def check(self, vocabulary: Vocabulary) -> None:
         """Raise EngineError unless every id stands for the same text. Unused control tokens may differ."""
@@ -80,13 +82,13 @@ class DraftModel:
     def start(self, ids: Sequence[int]) -> None:
         """Read a text but for its last token, keeping what is there of it. Raises AbortedError."""
         self._ids = list(ids)
-        self._n_true = n_common(self._held, self._ids)
+        self._n_true = self._cache.turn_to(ids[:-1])
         self._read(len(ids) - 1)
 
     def push(self, token: int) -> None:
         """The text goes on by a token."""
         at = len(self._ids)
-        if self._n_true == at < len(self._held) and self._held[at] == token:
+        if self._n_true == at < len(self._cache.ids) and self._cache.ids[at] == token:
             self._n_true += 1
         self._ids.append(token)
 
@@ -97,7 +99,7 @@ class DraftModel:
         guesses: list[int] = []
         token = self._ids[-1]
         while len(guesses) < n:
-            self._decode([token])
+            self._cache.decode([token], 1)
             self._n_true = len(self._ids)
             row = self._context.logits(1)[0]
             token = int(row.argmax())
@@ -118,27 +120,12 @@ class DraftModel:
 
     def _read(self, n: int) -> None:
         """Have the KV cache hold the first `n` ids and no more."""
-        kept = min(self._n_true, n)
-        if kept < self._context.length(0) and not self._context.forget(0, kept):
-            self._context.clear()
-            kept = 0
-        del self._held[kept:]
-        while len(self._held) < n:
-            self._decode(self._ids[len(self._held) : n][: self._n_batch])
-        self._n_true = n
-
-    def _decode(self, ids: Sequence[int]) -> None:
-        n, start = len(ids), len(self._held)
-        outputs = np.zeros(n, np.int8)
-        outputs[-1] = 1
-        positions = np.arange(start, start + n, dtype=np.int32)
-        try:
-            self._context.decode(np.asarray(ids, np.int32), positions, np.zeros(n, np.int32), outputs)
-        except AbortedError:
-            self._held.extend(ids[: self._context.length(0) - start])
-            self._n_true = min(self._n_true, len(self._held))
-            raise
-        self._held.extend(ids)
+        self._n_true = self._cache.cut(min(self._n_true, n))
+        while self._n_true < n:
+            try:
+                self._cache.decode(self._ids[self._n_true : n][: self._n_batch], 1)
+            finally:
+                self._n_true = len(self._cache.ids)
 
 
 def emptiest(devices: Sequence[Device]) -> int | None:

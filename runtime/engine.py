@@ -21,7 +21,8 @@ from runtime.drafting import MOST_DRAFTS
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.grammar import Grammar
-from runtime.kv_store import WORTH_TOKENS, KvStore, n_common
+from runtime.kv_cache import KvCache
+from runtime.kv_store import KvStore
 from runtime.native import Model, ModelInfo, Vocabulary
 from runtime.native_context import AbortedError, Context, ContextSettings
 from runtime.native_devices import devices
@@ -33,16 +34,17 @@ from runtime.speculation import Speculation
 
 
 class Engine:
-    """A model with one sequence in its KV cache. Errors as in `native.Model` and `native_context.Context`."""
+    """A model with a KV cache. Errors as in `native.Model` and `native_context.Context`."""
 
     def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
         n_batch = min(settings.n_batch, settings.n_ctx)
         n_ubatch = min(settings.n_ubatch, n_batch)
         speculates = settings.drafts or settings.draft_model is not None
         self._most_drafts = min(MOST_DRAFTS, n_ubatch - 1) if speculates else 0
-        self._model, self._draft_model = _open(path, settings, progress, n_outputs=1 + self._most_drafts)
+        n_branches, n_outputs = settings.n_branches, max(1 + self._most_drafts, settings.n_branches)
+        self._model, self._draft_model = _open(path, settings, progress, n_outputs)
         if not self._model.forgets:
-            self._most_drafts = 0
+            self._most_drafts, n_branches = 0, 1
         try:
             self._context = Context(
                 self._model,
@@ -50,10 +52,11 @@ class Engine:
                     n_ctx=settings.n_ctx,
                     n_batch=n_batch,
                     n_ubatch=n_ubatch,
-                    n_seq_max=1,
-                    n_outputs_max=1 + self._most_drafts,
+                    n_seq_max=n_branches,
+                    n_outputs_max=n_outputs,
                     n_threads=n_threads(settings, self._model),
                     kv_type=settings.kv_type,
+                    unified=True,
                 ),
             )
         except EngineError:
@@ -62,8 +65,8 @@ class Engine:
         self._speculation = Speculation(settings.n_ctx, self._draft_model) if self._most_drafts else None
         self.n_ctx = settings.n_ctx
         self._stride = Stride(n_ubatch, n_batch)
-        self._cached: list[int] = []  # the ids whose K and V the cache holds, in order, but for:
-        self._drafts: list[int] = []  # those computed behind them that are not drawn yet
+        self._cache = KvCache(self._context, n_branches)
+        self._n_drafts = 0  # so many of its last ids are guesses that are not drawn yet
         self._n_rows, self._row = 1, 0  # of logits from the last decode; where `next` draws from
         self._drafter: Speculation | None = None  # of the answer that is being drawn
         self.n_drafted = 0
@@ -86,7 +89,7 @@ class Engine:
     @property
     def context_used(self) -> int:
         """Positions of the KV cache in use."""
-        return len(self._cached)
+        return len(self._cache.ids) - self._n_drafts
 
     def info(self) -> ModelInfo:
         return self._model.info()
@@ -116,21 +119,13 @@ class Engine:
                 "or raise --context"
             )
         self._drop_drafts()
-        reused = n_common(self._cached, ids[:-1])
-        if self._store is not None and self._restore(self._store, ids[:-1], reused):
-            reused = n_common(self._cached, ids[:-1])
-        if reused < self._context.length(0):  # which may be more than was credited, after a decode that failed
-            if not self._context.forget(0, reused):
-                self._context.clear()
-                reused = 0
-            del self._cached[reused:]
+        reused = self._cache.turn_to(ids[:-1], self._store)
         on_progress(reused, len(ids), reused)
-        while len(self._cached) < len(ids):
+        while (done := len(self._cache.ids)) < len(ids):
             began = time.monotonic()
-            stride = ids[len(self._cached) :][: self._stride.tokens]
-            self._decode(stride, 1)
+            self._decode(ids[done:][: self._stride.tokens], 1)
             self._stride.took(time.monotonic() - began)
-            on_progress(len(self._cached), len(ids), reused)
+            on_progress(len(self._cache.ids), len(ids), reused)
         return reused
 
     def start_sampling(self, sampling: Sampling, grammar: Grammar | None = None, *, drafting: bool = True) -> str:
@@ -143,12 +138,13 @@ class Engine:
             self._sampler.close()
             self._sampler = None
         seed = sampling.seed if sampling.seed is not None else secrets.randbelow(MAX_SEED + 1)
-        self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=self._cached, grammar=grammar)
-        self.n_drafted = self.n_accepted = 0
         self._drop_drafts()
+        recent = self._cache.ids
+        self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=recent, grammar=grammar)
+        self.n_drafted = self.n_accepted = 0
         self._drafter = self._speculation if drafting else None
         if self._drafter is not None:
-            self._drafter.start(self._cached)
+            self._drafter.start(recent)
         return f"{'grammar → ' if grammar is not None else ''}{describe(sampling, seed)}"
 
     def next(self) -> int:
@@ -162,8 +158,8 @@ class Engine:
             raise AbortedError
         if self._drafter is not None:
             self._drafter.drawn(token)
-        if self._drafts and self._drafts[0] == token:
-            self._cached.append(self._drafts.pop(0))
+        if self._n_drafts and self._cache.ids[-self._n_drafts] == token:
+            self._n_drafts -= 1
             self._row += 1
             self.n_accepted += 1
             return
@@ -171,7 +167,7 @@ class Engine:
         if self._drafter is None:
             self._decode([token], 1)
             return
-        room = self.n_ctx - len(self._cached) - 1
+        room = self.n_ctx - len(self._cache.ids) - 1
         drafts = self._drafter.drafts(min(self._most_drafts, room))
         began = time.monotonic()
         self._decode([token, *drafts], 1 + len(drafts))
@@ -182,23 +178,11 @@ class Engine:
         """Keep the KV cache on the disk, if the settings give it room there. Without room it is not kept."""
         self._drop_drafts()
         if self._store is not None:
-            n_bytes = self._context.state_bytes(0) + 4 * len(self._cached)
-            self._store.keep(self._cached, n_bytes, lambda path: self._context.save(0, self._cached, path))
-
-    def _restore(self, store: KvStore, ids: Sequence[int], n_here: int) -> bool:
-        """Bring a kept KV cache with more of `ids` than the `n_here` that are there; whether anything has changed."""
-        kept = store.best(ids, self.n_ctx)
-        if kept is None or kept.n_common < n_here + WORTH_TOKENS:
-            return False
-        restored = store.read(kept.path, lambda path: self._context.load(0, path))
-        if restored is None:
-            self._context.clear()
-        self._cached = restored or []
-        return True
+            self._cache.keep(self._store)
 
     def has_room(self) -> bool:
         """Whether the KV cache can take another token."""
-        return len(self._cached) < self.n_ctx
+        return self.context_used < self.n_ctx
 
     def logits(self) -> NDArray[np.float32]:
         """Logits after the last id, (n_vocab,): a view that the next decode overwrites."""
@@ -225,39 +209,31 @@ class Engine:
 
     def _drop_drafts(self) -> None:
         """Take what was computed and not drawn out of the KV cache."""
-        if self._drafts:
-            self._context.forget(0, len(self._cached))
-            self._drafts.clear()
+        if self._n_drafts:
+            self._cache.cut(self.context_used)
+            self._n_drafts = 0
 
     def _decode(self, ids: Sequence[int], n_rows: int) -> None:
         """Compute ids, and logits behind each of the last `n_rows`: of these all but the first are drafts."""
-        n, start, n_certain = len(ids), len(self._cached), len(ids) - n_rows + 1
-        outputs = np.zeros(n, np.int8)
-        outputs[-n_rows:] = 1
+        end = len(self._cache.ids) + len(ids) - n_rows + 1
         try:
-            self._context.decode(
-                np.asarray(ids, np.int32), np.arange(start, start + n, dtype=np.int32), np.zeros(n, np.int32), outputs
-            )
-        except AbortedError:
-            n_done = self._context.length(0) - start
-            self._cached.extend(ids[: min(n_done, n_certain)])
-            self._drafts = list(ids[n_certain:n_done])
-            raise
-        self._cached.extend(ids[:n_certain])
-        self._drafts = list(ids[n_certain:])
+            self._cache.decode(ids, n_rows)
+        finally:
+            self._n_drafts = max(0, len(self._cache.ids) - end)
         self._n_rows, self._row = n_rows, 0
         self.logits()  # waits for GPUs
 
 
 def _open(
-    path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None, *, n_outputs: int
+    path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None, n_outputs: int
 ) -> tuple[Model, DraftModel | None]:
     """The model, and the draft model, which is placed first: the large one can be split around it."""
     if settings.draft_model is None:
-        return open_model(path, settings, progress, n_outputs=n_outputs), None
+        return open_model(path, settings, progress, n_seq=settings.n_branches, n_outputs=n_outputs, unified=True), None
     draft = DraftModel(settings.draft_model, settings)
     try:
-        model = open_model(path, replace(settings, rpc_servers=()), progress, n_outputs=n_outputs)
+        rest = replace(settings, rpc_servers=())  # they are devices by now
+        model = open_model(path, rest, progress, n_seq=settings.n_branches, n_outputs=n_outputs, unified=True)
     except EngineError as error:
         draft.close()
         raise EngineError(f"{error}; or leave out --draft, whose model takes {gib(draft.n_bytes)}") from None

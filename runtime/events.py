@@ -46,6 +46,8 @@ class EngineSettings:
     """CPU weight repacking. False avoids the AMX code that GCC 12 miscompiles."""
     drafts: bool = False
     """Guess the next tokens by what followed before in the text, and compute several at once (speculation.py)."""
+    n_branches: int = 1
+    """Conversations, or branches of one, that the KV cache holds besides each other as long as there is room."""
     draft_model: Path | None = None
     """The GGUF file of a smaller model of the same vocabulary, which guesses where the text tells nothing."""
     kept_kv_bytes: int = 0

@@ -23,12 +23,18 @@ an assumption. The driver's own context is gone from the free memory already."""
 
 
 def fitted(
-    path: Path, settings: EngineSettings, devices: Sequence[Device], *, n_seq: int = 1, n_outputs: int = 1
+    path: Path,
+    settings: EngineSettings,
+    devices: Sequence[Device],
+    *,
+    n_seq: int = 1,
+    n_outputs: int = 1,
+    unified: bool = False,
 ) -> EngineSettings:
     """The settings with a `tensor_split` for several GPUs. Raises EngineError where the model cannot fit them.
 
-    `n_seq` and `n_outputs` as in `Wish`. A `tensor_split` in the settings is left alone, but for what llama.cpp cannot
-    do; so are KV types and models that placement.py does not know.
+    `n_seq`, `n_outputs` and `unified` as in `Wish`. A `tensor_split` in the settings is left alone, but for what
+    llama.cpp cannot do; so are KV types and models that placement.py does not know.
     """
     gpus = _chosen(settings, devices)
     if not gpus or not settings.n_gpu_layers:
@@ -39,7 +45,7 @@ def fitted(
         return settings
     weights, shape = read
     split: Split = "tensor" if settings.split_mode == "tensor" else "layer"
-    wish = Wish(settings.n_ctx, kv_type, settings.n_ubatch, n_seq, n_outputs, split)
+    wish = Wish(settings.n_ctx, kv_type, settings.n_ubatch, n_seq, n_outputs, split, unified)
     n_host_layers = shape.n_layers + 1 - settings.n_gpu_layers if settings.n_gpu_layers > 0 else 0
     n_host_layers = min(max(n_host_layers, 0), shape.n_layers)
     if settings.tensor_split is not None:

@@ -39,6 +39,7 @@ class Kept:
 
     path: Path
     n_common: int
+    n_ids: int
 
 
 class KvStore:
@@ -66,7 +67,9 @@ class KvStore:
         """The file with the longest beginning of `ids`, if there is any, of those with at most `most` ids."""
         wanted = np.asarray(ids, np.int32)
         files = [(path, _ids(path)) for path in self._folder.glob(f"{self._model}-*.kv")]
-        found = [Kept(path, n_common(held, wanted)) for path, held in files if most is None or len(held) <= most]
+        found = [
+            Kept(path, n_common(held, wanted), len(held)) for path, held in files if most is None or len(held) <= most
+        ]
         best = max(found, key=lambda kept: kept.n_common, default=None)
         return best if best is not None and best.n_common > 0 else None
 

@@ -30,6 +30,10 @@ class AbortedError(Exception):
     """A decode was aborted on request; the positions already computed are kept."""
 
 
+class FullError(EngineError):
+    """The KV cache has no room for a batch; it is as it was."""
+
+
 @dataclass(frozen=True, slots=True)
 class ContextSettings:
     """The shape of a context. Lengths in tokens."""
@@ -43,6 +47,8 @@ class ContextSettings:
     """Most rows of logits one ubatch can give; 0 is n_batch. With fewer than n_seq_max llama.cpp ends the process."""
     n_threads: int
     kv_type: str
+    unified: bool = False
+    """All sequences share n_ctx and may share cells; else each has its own part."""
 
 
 class Context:
@@ -58,6 +64,7 @@ class Context:
         params.n_seq_max, params.n_outputs_max = settings.n_seq_max, settings.n_outputs_max
         params.n_threads = params.n_threads_batch = settings.n_threads
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+        params.kv_unified = settings.unified
         params.no_perf = True
         # The flag is read by llama.cpp between graph nodes. A Python callback there would take the interpreter's lock
         # hundreds of times a token; libc's atoi on one byte we own answers 0 or 1 without it.
@@ -100,7 +107,7 @@ class Context:
     ) -> None:
         """Compute one batch of at most n_batch tokens; row i is asked for where `outputs[i]` is not 0. All are (T,).
 
-        Raises AbortedError, EngineError when the KV cache is full, and whatever the observer raises.
+        Raises AbortedError, FullError, and whatever the observer raises.
         """
         n = len(tokens)
         assert 0 < n <= self._settings.n_batch, (n, self._settings.n_batch)
@@ -113,9 +120,7 @@ class Context:
         if status == _ABORTED:
             raise AbortedError
         if status == _NO_SLOT:
-            raise EngineError(
-                f"the KV cache of {self.n_ctx} tokens is full; start a new conversation or raise --context"
-            )
+            raise FullError(f"the KV cache of {self.n_ctx} tokens is full; start a new conversation or raise --context")
         if status != 0:
             cause = (LOG.errors() or ["no reason given"])[-1]
             raise EngineError(f"llama_decode failed with {status} on {n} tokens: {cause}")
@@ -137,6 +142,10 @@ class Context:
     def forget(self, sequence: int, from_position: int) -> bool:
         """Drop a sequence's positions from there on; False where the model's memory cannot (it is then unchanged)."""
         return bool(lib.llama_memory_seq_rm(self._memory, sequence, from_position, -1))
+
+    def share(self, source: int, target: int, n: int) -> None:
+        """Give a sequence without positions the first `n` of another, in the same cells, where they are unified."""
+        lib.llama_memory_seq_cp(self._memory, source, target, 0, n)
 
     def clear(self) -> None:
         """Empty the KV cache."""

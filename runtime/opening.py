@@ -35,13 +35,14 @@ def open_model(
     writable: bool = False,
     n_seq: int = 1,
     n_outputs: int = 1,
+    unified: bool = False,
 ) -> Model:
     """Load a GGUF file over the devices that are here, RPC servers too. Errors as in `native.Model` and `fitted`.
 
-    `n_seq` and `n_outputs` are what its context will have, which takes memory.
+    `n_seq`, `n_outputs` and `unified` are what its context will have, which takes memory.
     """
     register_rpc(settings.rpc_servers)
-    placed = fitted(path, settings, devices(), n_seq=n_seq, n_outputs=n_outputs)
+    placed = fitted(path, settings, devices(), n_seq=n_seq, n_outputs=n_outputs, unified=unified)
     return Model(path, survivable(placed), progress, writable=writable)
 
 

@@ -64,10 +64,12 @@ class Wish:
     kv_type: str = "f16"
     n_ubatch: int = 512
     n_seq: int = 1
-    """Sequences in the cache, each with its own share of the context."""
+    """Sequences in the cache."""
     n_outputs: int = 1
     """Most rows of logits of one ubatch: 1 for a chat, every token for measuring."""
     split: Split = "layer"
+    unified: bool = False
+    """All sequences share the context; else each has its own part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +164,12 @@ def kv_bytes(shape: Shape, wish: Wish, n_layers: int | None = None) -> int:
 
 def _n_cells(wish: Wish) -> int:
     """Tokens the KV cache has room for: the context, rounded up as llama.cpp does, for each sequence."""
-    return _cells_of_one(wish) * wish.n_seq
+    return _cells_of_one(wish) * (1 if wish.unified else wish.n_seq)
 
 
 def _cells_of_one(wish: Wish) -> int:
-    """Tokens of one sequence (src/llama-context.cpp, `n_ctx_seq`)."""
-    return _rounded_up(_rounded_up(wish.n_ctx) // wish.n_seq)
+    """Tokens of one sequence, or of all that share them (src/llama-context.cpp, `n_ctx_seq`)."""
+    return _rounded_up(_rounded_up(wish.n_ctx) // (1 if wish.unified else wish.n_seq))
 
 
 def _rounded_up(n_tokens: int) -> int:

@@ -59,6 +59,7 @@ def allocated(path: Path, servers: tuple[str, ...], settings: EngineSettings, wi
                 n_outputs_max=max(wish.n_outputs, wish.n_seq),
                 n_threads=1,
                 kv_type=wish.kv_type,
+                unified=wish.unified,
             ),
         )
         every.append({device: weights.get(device, {}) | kinds for device, kinds in (weights | buffers()).items()})
@@ -99,6 +100,7 @@ WISHES = (
     Wish(4096, "q8_0"),
     Wish(8192, "q4_0", n_ubatch=256),
     Wish(8192, n_seq=4),
+    Wish(8192, n_seq=4, n_outputs=16, unified=True),
     Wish(4000, n_seq=3, n_ubatch=128),
     Wish(4096, n_seq=4, n_outputs=2048),
     Wish(32_768, "q8_0", n_ubatch=1024),

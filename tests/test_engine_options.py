@@ -14,6 +14,9 @@ from tui.engine_options import add_engine_arguments, engine_settings
 FILE = ModelFile(Path("a.gguf"), "a.gguf", "A", None, None, {})
 
 
+ALONE = ("--draft=off", "--branches=1")
+
+
 def settings(*arguments: str) -> EngineSettings:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
@@ -22,11 +25,13 @@ def settings(*arguments: str) -> EngineSettings:
 
 
 def test_what_is_not_given_is_the_engines_default() -> None:
-    assert settings() == EngineSettings(n_ctx=FILE.context, drafts=True)
+    assert settings() == EngineSettings(n_ctx=FILE.context, drafts=True, n_branches=4)
 
 
 def test_what_is_given_arrives() -> None:
-    given = settings("--context=512", "--tensor-split=1,2.5", "--split-mode=tensor", "--ubatch=4096", "--draft=off")
+    given = settings(
+        "--context=512", "--tensor-split=1,2.5", "--split-mode=tensor", "--ubatch=4096", "--draft=off", "--branches=1"
+    )
     assert given == EngineSettings(n_ctx=512, tensor_split=(1.0, 2.5), split_mode="tensor", n_ubatch=4096, n_batch=4096)
     assert settings("--main-gpu", "1", "--gpu-layers", "3").main_gpu == 1
     assert settings("--keep-kv", "2GiB").kept_kv_bytes == 2 << 30
@@ -49,6 +54,7 @@ def test_a_draft_model_is_named_like_any_model(tmp_path: Path) -> None:
         ("--tensor-split", "nan", "--tensor-split nan is not a list of shares"),
         ("--ubatch", "0", "--ubatch 0 is not a number of tokens"),
         ("--threads", "0", "--threads 0 is not a number of threads"),
+        ("--branches", "0", "--branches 0 is not a number from 1 to 256"),
         ("--context", "0", "--context 0 is not a number of tokens"),
     ],
 )

@@ -228,7 +228,7 @@ def test_what_is_kept_on_the_disk_has_no_guesses_in_it(
     assert engine._speculation is not None
     engine._speculation._costs = FreeCosts()
     drawn = answer(engine, PROMPTS[3], 5)
-    assert engine._drafts, "there are guesses in the cache"
+    assert engine._n_drafts, "there are guesses in the cache"
     engine.keep()
     ids = [*engine.vocabulary.tokenize(PROMPTS[3], bos=True), *drawn, 400]
     assert again.read(ids, ignore) == len(ids) - 1

@@ -14,6 +14,7 @@ from runtime.sampling import NAMES, WHOLE, Sampling
 
 DEFAULT_PRESET = "factual"
 
+_MOST_BRANCHES = 256  # llama.cpp's LLAMA_MAX_SEQ
 _DRAFT_OFF, _DRAFT_LOOKUP = "off", "lookup"
 
 _SETTINGS = {
@@ -70,6 +71,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
             help="keep what was read of conversations on the disk, at most so much, such as 20GiB (default: nothing)",
         )
         group.add_argument(
+            "--branches",
+            type=int,
+            default=4,
+            metavar="N",
+            help="conversations, or branches of one, that the KV cache keeps while there is room (default: 4)",
+        )
+        group.add_argument(
             "--draft",
             default="lookup",
             metavar="HOW",
@@ -115,6 +123,9 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
         raise EngineError(f"--threads {arguments.threads} is not a number of threads")
     if arguments.ubatch < 1:
         raise EngineError(f"--ubatch {arguments.ubatch} is not a number of tokens; 512 is usual")
+    n_branches = getattr(arguments, "branches", 1)
+    if not 1 <= n_branches <= _MOST_BRANCHES:
+        raise EngineError(f"--branches {n_branches} is not a number from 1 to {_MOST_BRANCHES}")
     draft = getattr(arguments, "draft", _DRAFT_OFF)
     return EngineSettings(
         n_ctx=n_ctx,
@@ -128,6 +139,7 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSet
         n_threads=arguments.threads,
         rpc_servers=tuple(server for server in arguments.rpc.split(",") if server),
         drafts=draft != _DRAFT_OFF,
+        n_branches=n_branches,
         draft_model=None if draft in (_DRAFT_OFF, _DRAFT_LOOKUP) else _model_file(draft, arguments.models),
         kept_kv_bytes=parse_bytes(kept) if (kept := getattr(arguments, "keep_kv", None)) else 0,
     )

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -493,6 +494,40 @@ def test_a_conversation_survives_a_hundred_deaths(opened: Callable[..., Session]
         list(session.load())
         assert text_of(ask(session)) == expected
     assert len(os.listdir("/proc/self/fd")) < 60
+
+
+@pytest.mark.slow
+def test_a_conversation_survives_running_out_of_memory_a_hundred_times(opened: Callable[..., Session]) -> None:
+    """By a limit on the process, which llama.cpp hears of from the allocator: no death, and the next load is well."""
+    session = opened()
+    expected = text_of(ask(session))
+    engine, small = worker_of(session), session._load
+    for _ in range(100):
+        held = int(Path(f"/proc/{engine.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(engine.pid, resource.RLIMIT_AS, (held + (256 << 20), resource.RLIM_INFINITY))
+        session._load = replace(small, settings=replace(small.settings, n_ctx=1 << 20))
+        with pytest.raises(EngineError, match="does not fit"):
+            list(session.load())
+        session._load = small
+        list(session.load())
+        assert text_of(ask(session)) == expected
+    assert worker_of(session) is engine, "it lived through all of them"
+
+
+@pytest.mark.slow
+def test_a_conversation_survives_a_hundred_kills_for_memory(opened: Callable[..., Session]) -> None:
+    session = opened()
+    expected = text_of(ask(session))
+    small = session._load
+    with control_group(300 << 20) as members:
+        for _ in range(100):
+            members.write_text(str(worker_of(session).pid))
+            session._load = replace(small, settings=replace(small.settings, n_ctx=1 << 20))
+            with pytest.raises(WorkerDiedError, match="the limit of its control group was reached"):
+                list(session.load())
+            session._load = small
+            list(session.load())
+            assert text_of(ask(session)) == expected
 
 
 # The log

@@ -64,7 +64,7 @@ def test_a_setting_that_came_later_has_its_default(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     save(RESULTS, path)
     data = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("split_mode", "main_gpu", "kept_kv_bytes"):
+    for name in ("split_mode", "main_gpu", "drafts", "n_branches", "draft_model", "kept_kv_bytes"):
         del data["settings"][name]
     path.write_text(json.dumps(data), encoding="utf-8")
     assert load(path) == RESULTS
@@ -88,7 +88,7 @@ def test_the_form_is_that_of_its_schema(tmp_path: Path) -> None:
     ]
     assert list(data["settings"]) == [
         *("n_ctx", "n_batch", "n_ubatch", "n_threads", "kv_type", "n_gpu_layers", "tensor_split", "split_mode"),
-        *("main_gpu", "rpc_servers", "use_extra_bufts", "kept_kv_bytes"),
+        *("main_gpu", "rpc_servers", "use_extra_bufts", "drafts", "n_branches", "draft_model", "kept_kv_bytes"),
     ]
     assert list(data["environment"]) == [
         *("bise", "llama_cpp_python", "llama_cpp", "system_info", "python", "numpy", "platform", "cpu", "devices")

@@ -76,6 +76,13 @@ class Answerer:
                     f"repacking, which is slower; `{rebuild()}` builds one without it"
                 )
             )
+        if prompts.marks_turns_by_text:
+            emit(
+                Notice(
+                    f"the prompt format of this model ({load.prompt}) tells turns apart by plain text, so that a "
+                    "message, or a file put into one, can pretend to be several"
+                )
+            )
         info = engine.info()
         emit(
             Loaded(
@@ -93,7 +100,7 @@ class Answerer:
     def reply(self, reply: Reply, emit: Emit) -> None:
         """Answer, emitting progress, pieces and `Finished`. Raises UserError; what was read stays in the KV cache."""
         started = time.monotonic()
-        ids = self._prompts.encode(reply.messages)
+        ids = self._prompts.encode(reply.messages, reply.tools)
         reused = 0
         pace: Pace | None = None
 

@@ -3,18 +3,19 @@
 Each piece of text is encoded by SentencePiece alone, which never gives a control token; the control tokens are put
 between by id. What reaches the model is the text as written, with these exceptions, all mistral-common's own:
 
-- Neighbouring messages of one role are joined by a blank line. In v7 each system message is a block of its own.
+- System messages are joined by a blank line. In v7 each is a block of its own.
 - v1 puts the system text in front of the first user message, v3 in front of the last, a blank line between.
 - v3 and v7 drop the spaces at the end of a reply, also of one that is to be continued.
 - v1 and v3 put an empty user message in front of a conversation that begins with a reply.
-- v1 has no control tokens but `<s>` and `</s>`: there `[INST]` is plain text, and a user can write it.
+- v3 and v7 put the tools before the last user message. v3 reads a tool's result as JSON, where it is some.
+- v1 has no tools, and no control tokens but `<s>` and `</s>`: there `[INST]` is plain text, and a user can write it.
+
+Ours is one: v3 has no reply with both text and calls, so the text is left out, as Mistral's own template does.
 
 SentencePiece puts a dummy space in front of each piece of text. A reply that was stopped is closed by `</s>` as in
 training. Importing this module takes half a second.
 """
 
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,16 +24,16 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
-from mistral_common.tokens.tokenizers.base import Tokenized, TokenizerVersion
+from mistral_common.tokens.tokenizers.base import InstructTokenizer, Tokenized, TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV3, InstructTokenizerV7
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from runtime.conversation import as_json, functions, in_openai_form, settled, short_ids
 from runtime.errors import EngineError, ModelFileError
-from runtime.messages import Message
-from runtime.prompts import Transcript, Vocabulary, settled
+from runtime.messages import Message, Tool
+from runtime.prompts import Transcript, Vocabulary
 
 _TOOLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 _V1 = ("<s>", "</s>")
@@ -40,7 +41,7 @@ _V3 = (*_V1, "[INST]", "[/INST]", *_TOOLS)
 _V7 = (*_V3, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 
 _Tokenizer: TypeAlias = MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]
-_Turn: TypeAlias = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+_Instruct: TypeAlias = InstructTokenizer[Any, Any, Tokenized]
 
 _CONTROLS = {"mistral-v1": _V1, "mistral-v3": _V3, "mistral-v7": _V7}
 """The control tokens that each format's files must have."""
@@ -50,39 +51,48 @@ class MistralPrompter:
     """A Mistral prompt format over one tokenizer file, which has been found equal to the GGUF's vocabulary."""
 
     def __init__(self, kind: str, vocabulary: Vocabulary, tokenizer: Path | None) -> None:
-        self._tokenizer = _packaged(kind) if tokenizer is None else _from_file(kind, tokenizer)
-        pieces = self._tokenizer.instruct_tokenizer.tokenizer
+        self._kind = kind
+        instruct = _packaged(kind) if tokenizer is None else _from_file(kind, tokenizer)
+        pieces = instruct.tokenizer
         assert isinstance(pieces, SentencePieceTokenizer)
         name = f"mistral-common's tokenizer for {kind}" if tokenizer is None else str(tokenizer)
-        self._whole: _Tokenizer = MistralTokenizer(
-            self._tokenizer.instruct_tokenizer,
+        self._tokenizer: _Tokenizer = MistralTokenizer(
+            instruct,
             validator=get_validator(_version(kind), mode=ValidationMode.agnostic),  # the last message may be a reply
             request_normalizer=get_normalizer(_version(kind), None),
         )
         _check_controls(kind, pieces, name)
         _check_vocabulary(pieces, vocabulary, name)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def marks_turns_by_text(self) -> bool:
+        """Only in v1."""
+        return self._kind == "mistral-v1"
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Ids of the prompt, as mistral-common gives them. Raises EngineError for what it refuses."""
         told = settled(messages)
-        turns: list[_Turn] = [_turn(message) for message in told]
-        if isinstance(turns[-1], AssistantMessage):
-            turns[-1].prefix = True  # no </s>: the model goes on
-        try:
-            return list(self._tokenizer.encode_chat_completion(ChatCompletionRequest(messages=turns)).tokens)
-        except MistralCommonException as error:
-            raise _refusal(error) from error
+        if self._kind == "mistral-v1" and (tools or any(message.calls for message in told)):
+            raise EngineError("the prompt format mistral-v1 has no tools and no calls of them; ask without")
+        turns = in_openai_form(told)
+        if self._kind == "mistral-v3":
+            turns = list(map(_as_v3_takes_it, turns))
+        return self._ids(turns, functions(tools), continued=told[-1].role == "assistant")
 
     def transcribe(self, transcript: Transcript) -> list[int]:
         """Ids of a whole conversation, as mistral-common gives them: tools stand before the last user message.
 
         Raises EngineError for what it refuses; v1 has no tools.
         """
-        messages = [_with_short_ids(message) for message in transcript.messages]
+        return self._ids(list(map(_with_short_ids, transcript.messages)), list(map(dict, transcript.tools)))
+
+    def _ids(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]], *, continued: bool = False) -> list[int]:
+        """Ids of turns in OpenAI's form; `continued` leaves the last reply open, without `</s>`."""
         try:
-            request = ChatCompletionRequest.from_openai(messages, tools=list(map(dict, transcript.tools)) or None)
-            return list(self._whole.encode_chat_completion(request).tokens)
-        except (MistralCommonException, ValueError) as error:  # a ValueError of pydantic's, which checks the fields
+            request = ChatCompletionRequest.from_openai(turns, tools=tools or None, continue_final_message=continued)
+            return list(self._tokenizer.encode_chat_completion(request).tokens)
+        # A ValueError of pydantic's, which checks the fields, or a schema of a tool that is nested too deeply.
+        except (MistralCommonException, ValueError, RecursionError) as error:
             raise _refusal(error) from error
 
 
@@ -93,51 +103,38 @@ def _refusal(error: Exception) -> EngineError:
     )
 
 
+def _as_v3_takes_it(turn: dict[str, Any]) -> dict[str, Any]:
+    if turn["role"] == "tool":
+        return {**turn, "content": as_json(turn["content"])}  # read as JSON there, and written anew
+    return {**turn, "content": None} if turn.get("tool_calls") else turn
+
+
 def _with_short_ids(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with call ids as Mistral's formats want them: nine letters and digits."""
+    """The message with call ids as Mistral's formats want them."""
     told = dict(message)
     if "tool_call_id" in told:
-        told["tool_call_id"] = _short_id(told["tool_call_id"])
+        (told["tool_call_id"],) = short_ids([told["tool_call_id"]])
     if told.get("tool_calls"):
-        told["tool_calls"] = [{**call, "id": _short_id(call.get("id", ""))} for call in told["tool_calls"]]
+        ids = short_ids(call.get("id", "") for call in told["tool_calls"])
+        told["tool_calls"] = [{**call, "id": id_} for call, id_ in zip(told["tool_calls"], ids, strict=True)]
     return told
-
-
-def _short_id(id_: str) -> str:
-    return id_ if re.fullmatch(r"[a-zA-Z0-9]{9}", id_) else hashlib.sha256(id_.encode()).hexdigest()[:9]
-
-
-def _turn(message: Message) -> _Turn:
-    match message.role:
-        case "system":
-            return SystemMessage(content=message.content)
-        case "user":
-            return UserMessage(content=message.content)
-        case "assistant":
-            calls = [
-                ToolCall(id=_short_id(call.id), function=FunctionCall(name=call.name, arguments=call.arguments))
-                for call in message.calls
-            ]
-            return AssistantMessage(content=message.content or None, tool_calls=calls or None)
-        case "tool":
-            return ToolMessage(content=message.content, tool_call_id=_short_id(message.call_id or ""))
 
 
 def _version(kind: str) -> TokenizerVersion:
     return TokenizerVersion(kind.removeprefix("mistral-"))
 
 
-def _packaged(kind: str) -> _Tokenizer:
+def _packaged(kind: str) -> _Instruct:
     match kind:
         case "mistral-v1":
-            return MistralTokenizer.v1()
+            return MistralTokenizer.v1().instruct_tokenizer
         case "mistral-v3":
-            return MistralTokenizer.v3()
+            return MistralTokenizer.v3().instruct_tokenizer
         case _:
-            return MistralTokenizer.v7()
+            return MistralTokenizer.v7().instruct_tokenizer
 
 
-def _from_file(kind: str, path: Path) -> _Tokenizer:
+def _from_file(kind: str, path: Path) -> _Instruct:
     """The format over a file of any name. mistral-common would guess the version from the name: `.model` as v1."""
     version = _version(kind)
     if not path.is_file():
@@ -148,16 +145,13 @@ def _from_file(kind: str, path: Path) -> _Tokenizer:
         raise ModelFileError(
             f"{path}: not a SentencePiece tokenizer; name a tokenizer.model, or `prompt: template` in models.yaml"
         ) from error
-    instruct = {
-        TokenizerVersion.v1: InstructTokenizerV1,
-        TokenizerVersion.v3: InstructTokenizerV3,
-        TokenizerVersion.v7: InstructTokenizerV7,
-    }[version]
-    return MistralTokenizer(
-        instruct(pieces),
-        validator=get_validator(version, mode=ValidationMode.test),
-        request_normalizer=get_normalizer(version, None),
-    )
+    match kind:
+        case "mistral-v1":
+            return InstructTokenizerV1(pieces)
+        case "mistral-v3":
+            return InstructTokenizerV3(pieces)
+        case _:
+            return InstructTokenizerV7(pieces)
 
 
 def _check_controls(kind: str, pieces: SentencePieceTokenizer, name: str) -> None:

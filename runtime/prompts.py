@@ -1,8 +1,9 @@
 """Messages → token ids: the conversation as the model was trained to read it.
 
-`prompter(kind, …)` gives an object whose `encode` takes messages and gives the ids of the whole prompt, BOS included,
-ready for the model's answer. The last message is the user's, or the assistant's, which is then continued. Control
-tokens come from the prompt format alone: text that spells one stays text, whoever wrote it.
+`prompter(kind, …)` gives an object whose `encode` takes messages and tools and gives the ids of the whole prompt, BOS
+included, ready for the model's answer. The last message is the user's, a tool's, or the assistant's, which is then
+continued. Control tokens come from the prompt format alone: text that spells one stays text, whoever wrote it. What is
+mended before, and what is refused, conversation.py says.
 
 `transcribe` takes a whole conversation instead, answers, tools and their calls included, as it would be trained on.
 
@@ -10,14 +11,13 @@ tokens come from the prompt format alone: text that spells one stays text, whoev
 GGUF carries (template.py). Knows nothing of sampling, of the KV cache, or of where an answer ends.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.errors import CatalogueError, EngineError
-from runtime.messages import Message
+from runtime.errors import CatalogueError
+from runtime.messages import Message, Tool
 
 KINDS = ("mistral-v1", "mistral-v3", "mistral-v7", "template")
 """The prompt formats, as models.yaml names them."""
@@ -63,10 +63,14 @@ class Transcript:
 class Prompter(Protocol):
     """One model's prompt format."""
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the prompt that asks for the answer to `messages`.
+    @property
+    def marks_turns_by_text(self) -> bool:
+        """Whether turns are told apart by plain text alone, as in mistral-v1: a message can pretend to be several."""
 
-        Raises EngineError for a conversation the format cannot express.
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Ids of the prompt that asks for the answer to `messages`, which may be a call of one of `tools`.
+
+        Raises EngineError for a conversation the format cannot express, and for tools where it has none.
         """
 
     def transcribe(self, transcript: Transcript) -> list[int]:
@@ -91,52 +95,3 @@ def prompter(kind: str, vocabulary: Vocabulary, *, template: str | None, tokeniz
 
         return MistralPrompter(kind, vocabulary, tokenizer)
     raise CatalogueError(f"{kind!r} is not a prompt format; known: {', '.join(KINDS)}")
-
-
-def settled(messages: Sequence[Message]) -> list[Message]:
-    """The messages that say something, as valid Unicode. Every format starts from these.
-
-    A blank system prompt and a reply that was stopped before its first word are left out; a lone surrogate, which has
-    no UTF-8, becomes U+FFFD. Raises EngineError when nothing is asked.
-    """
-    told = [
-        replace(message, content=message.content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        for message in messages
-        if message.role in ("user", "tool") or message.content.strip() or message.calls
-    ]
-    if not any(message.role == "user" for message in told):
-        raise EngineError("the conversation has no user message, so there is nothing to answer; write one")
-    return told
-
-
-def with_parsed_arguments(transcript: Transcript) -> Transcript:
-    """The transcript with the arguments of its calls as mappings, where they are the JSON of one."""
-    return replace(transcript, messages=tuple(map(_with_parsed_arguments, transcript.messages)))
-
-
-def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    calls = [{**call, "function": _parsed(call["function"])} for call in message.get("tool_calls") or ()]
-    return {**message, "tool_calls": calls} if calls else message
-
-
-def _parsed(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    arguments = function.get("arguments")
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return function
-    return {**function, "arguments": parsed} if isinstance(parsed, dict) else function
-
-
-def texts(value: Any) -> Iterator[tuple[str, bool]]:
-    """Every text in a value made of JSON's types, and whether it is a key."""
-    match value:
-        case str():
-            yield value, False
-        case Mapping():
-            for key, item in value.items():
-                yield key, True
-                yield from texts(item)
-        case list() | tuple():
-            for item in value:
-                yield from texts(item)

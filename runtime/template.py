@@ -1,11 +1,8 @@
 """The chat template that a GGUF carries, rendered to token ids.
 
 A template is a Jinja program that writes one text, in which control tokens and the words of the conversation look the
-same. Here they cannot be confused: before rendering, every character of a message but whitespace is replaced by a
-private-use character that stands for it and occurs nowhere else. What the template does with them (joining, trimming,
-slicing) cannot turn them into a control token, and afterwards the text that spells a token is known to be the
-template's. `_Content` answers a template's questions (`'</think>' in content`) about the text as the user wrote it.
-One limit: what a template puts inside a message by `replace` counts as message.
+same. Here they cannot be confused: whatever is said in a message, a call or a tool is given to the template in marks
+(marks.py), so that afterwards the text that spells a token is known to be the template's.
 
 The ids equal llama_tokenize(whole text, parse_special) wherever messages spell no special token (llama.cpp 0c1e57098,
 src/llama-vocab.cpp, `tokenizer_st_partition` and `tokenize`): control and user-defined tokens are cut out of the
@@ -17,13 +14,11 @@ they stay. But some templates mark turns with them (DeepSeek's `<｜User｜>`). 
 itself writes is therefore treated as structure: spelled in a message, it stays letters.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, LoopControlExtension
@@ -31,12 +26,15 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtime.conversation import functions, in_openai_form, settled, texts, with_parsed_arguments
 from runtime.errors import EngineError, ModelFileError
-from runtime.messages import Message
-from runtime.prompts import Transcript, Vocabulary, settled, texts, with_parsed_arguments
+from runtime.marks import Content, Marks, in_marks, tojson
+from runtime.messages import Message, Tool
+from runtime.prompts import Transcript, Vocabulary
 
-_PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # planes 15 and 16: 131,068 characters
 _C_WHITESPACE = " \t\n\v\f\r"  # isspace() in the C locale
+_Turn: TypeAlias = Mapping[str, Any]
+_Last: TypeAlias = Literal["asks", "goes on", "is closed"]
 
 
 class TemplatePrompter:
@@ -52,6 +50,7 @@ class TemplatePrompter:
                 f"the GGUF's chat template cannot be read: line {error.lineno}: {_one_line(error)}; "
                 "name the model's prompt format in models.yaml"
             ) from error
+        self._knows_tools = "tool" in template
         self._vocabulary = vocabulary
         self._controls = set(filter(vocabulary.is_control, range(vocabulary.n_tokens)))
         self._user_defined = set(filter(vocabulary.is_user_defined, range(vocabulary.n_tokens))) - self._controls
@@ -63,53 +62,80 @@ class TemplatePrompter:
         self._coded_spaces = {c for i in self._controls for c in vocabulary.text(i) if c.isspace()}
         self._strips: dict[str, tuple[bool, bool]] = {}
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the prompt. Neighbouring messages of one role are joined by a blank line: most templates refuse them.
+    @property
+    def marks_turns_by_text(self) -> bool:
+        """Whether the template writes no special token around a message, but perhaps BOS."""
+        try:
+            ids = self.encode([Message("user", "x")])
+        except EngineError:  # a template that refuses even this is told of when it is used
+            return False
+        return not set(self._ids.values()).intersection(ids) - {self._vocabulary.bos}
 
-        A last message of the assistant's is cut right behind its text, so that the model goes on. Raises EngineError
-        when the template refuses the conversation or fails.
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Ids of the prompt.
+
+        Neighbouring system messages are joined by a blank line, and where the template refuses a conversation that
+        begins with a reply, an empty message of the user's is put in front. A last message of the assistant's is cut
+        right behind its text, so that the model goes on. Raises EngineError when the template refuses the conversation
+        or fails, and when it leaves out the tools or the calls.
         """
-        told = _merged(settled(messages))
-        marks = _Marks(self._reserved.union(*(message.content for message in told)), self._coded_spaces)
-        continued = told[-1].role == "assistant"
-        turns: list[dict[str, Any]] = [
-            {"role": message.role, "content": _Content.of(message.content, marks)} for message in told
+        told = settled(messages)
+        called = [call.name for message in told for call in message.calls]
+        turns = _with_one_system(in_openai_form(told))
+        names = [tool.name for tool in tools] + called[-1:]
+        if names and not self._knows_tools:
+            raise _no_tools()
+        return self._ids_of(turns, functions(tools), names, last="goes on" if told[-1].role == "assistant" else "asks")
+
+    def transcribe(self, transcript: Transcript) -> list[int]:
+        """Ids of a whole conversation, as the template writes it: some drop tools, some refuse them (EngineError)."""
+        return self._ids_of(transcript.messages, transcript.tools, (), last="is closed")
+
+    def _ids_of(
+        self, turns: Sequence[_Turn], tools: Sequence[_Turn], names: Iterable[str], *, last: _Last
+    ) -> list[int]:
+        """Ids of turns and tools in OpenAI's form. `names` are the tools that must be seen.
+
+        The arguments of a call are given to the template as a mapping, as most expect. To one that fails with that they
+        are given as JSON text; and what the model wrote instead of an object, as one with the key `arguments`.
+        """
+        forms = [with_parsed_arguments(turns), list(turns), with_parsed_arguments(turns, as_mappings=True)]
+        leading = next((turn["role"] for turn in turns if turn["role"] != "system"), "user")
+        if leading == "assistant" and last != "is closed":
+            n_system = sum(turn["role"] == "system" for turn in turns[:1])
+            forms += [[*form[:n_system], {"role": "user", "content": ""}, *form[n_system:]] for form in forms]
+        refused: EngineError | None = None
+        for i, form in enumerate(forms):
+            if form not in forms[:i]:
+                try:
+                    return self._ids_of_form(form, tools, names, last)
+                except EngineError as error:
+                    refused = refused or error
+        assert refused is not None
+        raise refused
+
+    def _ids_of_form(
+        self, form: Sequence[_Turn], tools: Sequence[_Turn], names: Iterable[str], last: _Last
+    ) -> list[int]:
+        marks = Marks(self._reserved.union(*texts([form, tools])), self._coded_spaces)
+        turns = [
+            {
+                **{key: in_marks(value, marks) for key, value in turn.items()},
+                "role": turn["role"],
+                "content": Content.of(turn.get("content") or "", marks),
+            }
+            for turn in form
         ]
-        if continued:
-            turns[-1]["content"] = _Content.of(told[-1].content + marks.end, marks)
-        rendered = self._render(turns, add_generation_prompt=not continued)
-        if continued:
+        if last == "goes on":
+            turns[-1]["content"] = Content.of(form[-1]["content"] + marks.end, marks)
+        rendered = self._render(turns, tools=in_marks(tools, marks) or None, add_generation_prompt=last == "asks")
+        if not all(marks.hidden(name) in rendered for name in names):
+            raise _no_tools()
+        if last == "goes on":
             rendered, found, _ = rendered.rpartition(marks.end)
             if not found:
                 raise EngineError("the chat template leaves out the last reply, so it cannot be continued; ask again")
         return self._tokenize(rendered, marks)
-
-    def transcribe(self, transcript: Transcript) -> list[int]:
-        """Ids of a whole conversation, as the template writes it: some drop tools, and some refuse them (EngineError).
-
-        The arguments of a call are given to it as a mapping, as most templates expect, or else as the JSON they are.
-        """
-        try:
-            return self._transcribe(with_parsed_arguments(transcript))
-        except EngineError:
-            return self._transcribe(transcript)
-
-    def _transcribe(self, transcript: Transcript) -> list[int]:
-        found = list(texts([transcript.messages, transcript.tools]))
-        for text, is_key in found:
-            if is_key and self._special.search(text):
-                raise EngineError(f"the key {text!r} of a tool would be read as a control token; rename it")
-        marks = _Marks(self._reserved.union(*(text for text, _ in found)), self._coded_spaces)
-        turns = [
-            {
-                **_hidden(message, marks),
-                "role": message["role"],
-                "content": _hidden(message.get("content") or "", marks),
-            }
-            for message in transcript.messages
-        ]
-        tools = _hidden(transcript.tools, marks)
-        return self._tokenize(self._render(turns, tools=tools or None, add_generation_prompt=False), marks)
 
     def _render(
         self,
@@ -138,7 +164,7 @@ class TemplatePrompter:
                 "name another prompt format in models.yaml"
             ) from error
 
-    def _tokenize(self, rendered: str, marks: "_Marks") -> list[int]:
+    def _tokenize(self, rendered: str, marks: Marks) -> list[int]:
         """Ids of what the template wrote, with the BOS that the model wants."""
         pieces = self._special.split(rendered)  # run, token, run, …, run
         structure = self._structure.union(filter(self._marks_turns, pieces[1::2]))
@@ -194,107 +220,6 @@ class TemplatePrompter:
         return self._strips[token]
 
 
-class _Marks(dict[int, int]):
-    """A reversible code for one conversation: code point of a character → of the private-use character in its place.
-
-    No mark is one of the characters `taken`. Whitespace stands for itself, so that templates can trim; but not
-    `coded_spaces`, which spell control tokens.
-    """
-
-    def __init__(self, taken: set[str], coded_spaces: set[str]) -> None:
-        self._coded_spaces = coded_spaces
-        self._free = (code for code in chain(*_PRIVATE_USE) if chr(code) not in taken)
-        self._shown: dict[int, int] = {}
-        self.end = chr(next(self._free))
-        """Stands behind the text of a reply that is to be continued; it is its own mark."""
-        self[ord(self.end)] = ord(self.end)
-
-    def __missing__(self, code: int) -> int:
-        character = chr(code)
-        if character.isspace() and character not in self._coded_spaces:
-            return code
-        mark = next(self._free, None)
-        if mark is None:
-            raise EngineError("the conversation has more than 130,000 different characters; shorten it")
-        self[code] = mark
-        self._shown[mark] = code
-        return mark
-
-    def hidden(self, text: str) -> str:
-        return text.translate(self)
-
-    def shown(self, text: str) -> str:
-        return text.translate(self._shown)
-
-
-class _Content(str):
-    """A message as the template sees it: made of marks, but its methods work on the text that they stand for."""
-
-    _marks: _Marks
-
-    @classmethod
-    def of(cls, text: str, marks: _Marks) -> "_Content":
-        content = cls(marks.hidden(text))
-        content._marks = marks
-        return content
-
-    def __str__(self) -> str:
-        return self  # `str()` in filters keeps the methods
-
-
-def _on_shown_text(name: str) -> Callable[..., Any]:
-    method = getattr(str, name)
-
-    def call(content: _Content, *args: Any, **kwargs: Any) -> Any:
-        marks = content._marks
-
-        def shown(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(shown, value))
-            return marks.shown(value) if isinstance(value, str) else value
-
-        def hidden(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return type(value)(map(hidden, value))
-            return _Content.of(value, marks) if isinstance(value, str) else value
-
-        return hidden(method(shown(content), *map(shown, args), **kwargs))
-
-    return call
-
-
-for _name in (
-    "__contains__",
-    "__eq__",
-    "__getitem__",
-    "__hash__",
-    "__ne__",
-    "__repr__",
-    "capitalize",
-    "count",
-    "endswith",
-    "find",
-    "index",
-    "lower",
-    "lstrip",
-    "partition",
-    "removeprefix",
-    "removesuffix",
-    "replace",
-    "rfind",
-    "rpartition",
-    "rsplit",
-    "rstrip",
-    "split",
-    "splitlines",
-    "startswith",
-    "strip",
-    "title",
-    "upper",
-):
-    setattr(_Content, _name, _on_shown_text(_name))
-
-
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`: marks replies for training in transformers; here it is only its body."""
 
@@ -310,7 +235,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -324,28 +249,6 @@ def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of Jinja's own filter. What a mark stands for is escaped, and marked again."""
-
-    def escaped(part: Any) -> Any:
-        match part:
-            case _Content():
-                return part._marks.hidden(json.dumps(part._marks.shown(part), ensure_ascii=ensure_ascii)[1:-1])
-            case dict():
-                return {key: escaped(item) for key, item in part.items()}
-            case list() | tuple():
-                return [escaped(item) for item in part]
-        return part
-
-    return json.dumps(escaped(value), ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _any_of(texts: Iterable[str]) -> str:
     """A pattern for the longest of these texts; one that matches nothing if there are none."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
@@ -355,23 +258,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _hidden(value: Any, marks: _Marks) -> Any:
-    """The value with each of its texts, but not its keys, replaced by marks."""
-    match value:
-        case str():
-            return _Content.of(value, marks)
-        case Mapping():
-            return {key: _hidden(item, marks) for key, item in value.items()}
-        case list() | tuple():
-            return [_hidden(item, marks) for item in value]
-    return value
+def _no_tools() -> EngineError:
+    return EngineError("the chat template of this model has no tools, or leaves them out; ask without tools and calls")
 
 
-def _merged(messages: Sequence[Message]) -> list[Message]:
-    merged: list[Message] = []
-    for message in messages:
-        if merged and merged[-1].role == message.role:
-            merged[-1] = replace(message, content=f"{merged[-1].content}\n\n{message.content}")
+def _with_one_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns with neighbouring system messages joined: most templates refuse more than one."""
+    joined: list[dict[str, Any]] = []
+    for turn in turns:
+        if joined and joined[-1]["role"] == turn["role"] == "system":
+            joined[-1] = {**turn, "content": f"{joined[-1]['content']}\n\n{turn['content']}"}
         else:
-            merged.append(message)
-    return merged
+            joined.append(turn)
+    return joined

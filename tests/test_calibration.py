@@ -19,7 +19,7 @@ from runtime.events import EngineSettings
 from runtime.messages import Message
 from runtime.native import Model, Vocabulary
 from runtime.prompts import prompter
-from tests.test_prompts import file_of, pieces_of, write_vocabulary
+from tests.vocabularies import file_of, pieces_of, write_vocabulary
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "quant" / "calibration"

@@ -12,7 +12,7 @@ from runtime.engine import Engine
 from runtime.errors import EngineError, GrammarError
 from runtime.events import EngineSettings, Event, Finished, Piece, Reply
 from runtime.grammar import Grammar
-from runtime.messages import Message
+from runtime.messages import Message, Tool
 from runtime.native import Model, lib
 from runtime.native_sampling import Sampler
 from runtime.sampling import Sampling
@@ -310,7 +310,7 @@ def test_a_grammar_that_the_settings_leave_no_way_is_an_error(engine: Engine, sa
 class OnePrompt:
     """A prompt format that knows one prompt."""
 
-    def encode(self, messages: tuple[Message, ...]) -> list[int]:
+    def encode(self, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> list[int]:
         return [1, 400, 500]
 
 

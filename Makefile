@@ -30,7 +30,7 @@ chat: $(VENV)/.smollm2 ## chat with SmolLM2-135M, a small model that really conv
 test: check ## set up, and pass everything that must hold before a change lands
 
 check: lint ## formatting, lint, types and tests
-	$(BIN)/python -m pytest -m "not slow and not cuda"
+	$(BIN)/python -m pytest -m "not slow and not cuda" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-all: lint ## the same, and the tests that take minutes
 	$(BIN)/python -m pytest -m "not cuda"

@@ -16,6 +16,7 @@ SentencePiece puts a dummy space in front of each piece of text. A reply that wa
 training. Importing this module takes half a second.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,16 +53,12 @@ class MistralPrompter:
 
     def __init__(self, kind: str, vocabulary: Vocabulary, tokenizer: Path | None) -> None:
         self._kind = kind
-        instruct = _packaged(kind) if tokenizer is None else _from_file(kind, tokenizer)
-        pieces = instruct.tokenizer
-        assert isinstance(pieces, SentencePieceTokenizer)
-        name = f"mistral-common's tokenizer for {kind}" if tokenizer is None else str(tokenizer)
+        instruct, pieces, name = _opened(kind, tokenizer)
         self._tokenizer: _Tokenizer = MistralTokenizer(
             instruct,
             validator=get_validator(_version(kind), mode=ValidationMode.agnostic),  # the last message may be a reply
             request_normalizer=get_normalizer(_version(kind), None),
         )
-        _check_controls(kind, pieces, name)
         _check_vocabulary(pieces, vocabulary, name)
 
     @property
@@ -96,6 +93,43 @@ class MistralPrompter:
             raise _refusal(error) from error
 
 
+def own_vocabulary(kind: str, tokenizer: Path | None) -> "_OwnVocabulary":
+    """The vocabulary of a format's tokenizer. Raises ModelFileError for a file that is none."""
+    _, pieces, _ = _opened(kind, tokenizer)
+    return _OwnVocabulary(pieces)
+
+
+class _OwnVocabulary:
+    """A tokenizer's tokens, told as a GGUF's are."""
+
+    adds_bos = True
+
+    def __init__(self, pieces: SentencePieceTokenizer) -> None:
+        self._pieces, self._texts = pieces, pieces.vocab()
+        self.n_tokens, self.bos, self.eos = pieces.n_words, pieces.bos_id, pieces.eos_id
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        if special:
+            raise NotImplementedError("SentencePiece reads no control tokens out of text")
+        return self._pieces.encode(text, bos=bos, eos=False)
+
+    def text(self, token: int) -> str:
+        return self._texts[token]
+
+    def piece(self, token: int) -> bytes:
+        text = self._texts[token]
+        if self.is_control(token):
+            return b""
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
+
+    def is_control(self, token: int) -> bool:
+        return self._pieces.is_special(token)
+
+    def is_user_defined(self, token: int) -> bool:
+        return not 0 <= token < self.n_tokens  # none of them is
+
+
 def _refusal(error: Exception) -> EngineError:
     return EngineError(
         f"Mistral's prompt format cannot express this conversation: {' '.join(str(error).split())}; "
@@ -122,6 +156,16 @@ def _with_short_ids(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _version(kind: str) -> TokenizerVersion:
     return TokenizerVersion(kind.removeprefix("mistral-"))
+
+
+def _opened(kind: str, tokenizer: Path | None) -> tuple[_Instruct, SentencePieceTokenizer, str]:
+    """The format over its tokenizer, the tokenizer, and what to call it."""
+    instruct = _packaged(kind) if tokenizer is None else _from_file(kind, tokenizer)
+    pieces = instruct.tokenizer
+    assert isinstance(pieces, SentencePieceTokenizer)
+    name = f"mistral-common's tokenizer for {kind}" if tokenizer is None else str(tokenizer)
+    _check_controls(kind, pieces, name)
+    return instruct, pieces, name
 
 
 def _packaged(kind: str) -> _Instruct:

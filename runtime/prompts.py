@@ -40,6 +40,9 @@ class Vocabulary(Protocol):
     def text(self, token: int) -> str:
         """The token as the GGUF stores it, such as `▁the` or `[INST]`."""
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of text that the token stands for, not always whole characters; none for a control token."""
+
     def is_control(self, token: int) -> bool:
         """Whether the token is of type control: never text."""
 
@@ -95,3 +98,13 @@ def prompter(kind: str, vocabulary: Vocabulary, *, template: str | None, tokeniz
 
         return MistralPrompter(kind, vocabulary, tokenizer)
     raise CatalogueError(f"{kind!r} is not a prompt format; known: {', '.join(KINDS)}")
+
+
+def packaged_vocabulary(kind: str, tokenizer: Path | None) -> Vocabulary:
+    """The vocabulary that `prompter` compares a GGUF's with: of a `mistral-…` kind, without any model.
+
+    Raises ModelFileError for a file that is no tokenizer of that kind.
+    """
+    from runtime.mistral import own_vocabulary
+
+    return own_vocabulary(kind, tokenizer)

@@ -54,7 +54,7 @@ def test_help_and_usage(environment: dict[str, str]) -> None:
     assert "quantize" in bise(environment, "--help").stdout
     assert bise(environment).returncode == 2
     assert bise(environment, "quantise").returncode == 2
-    for verb in ("pull", "imatrix", "quantize", "perplexity", "chat", "ask", "models", "plan", "doctor"):
+    for verb in ("pull", "imatrix", "quantize", "perplexity", "chat", "ask", "prompt", "models", "plan", "doctor"):
         run = bise(environment, verb, "--help")
         assert run.returncode == 0, run.stderr
         assert run.stdout.startswith(f"usage: bise {verb}")

@@ -51,7 +51,9 @@ def conversation(*turns: str) -> list[Message]:
     return [Message(roles[role], text) for role, _, text in parted]
 
 
-def write_vocabulary(path: Path, name: str, pieces: Sequence[tuple[str, float, int]]) -> None:
+def write_vocabulary(
+    path: Path, name: str, pieces: Sequence[tuple[str, float, int]], template: str | None = None
+) -> None:
     """A GGUF file with a SentencePiece vocabulary and no tensors. `pieces` are text, score, token type."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
@@ -63,6 +65,8 @@ def write_vocabulary(path: Path, name: str, pieces: Sequence[tuple[str, float, i
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
+    if template is not None:
+        writer.add_chat_template(template)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from runtime import __version__
 from runtime.errors import UserError
-from tui.verbs import ask, chat, doctor, imatrix, models, perplexity, plan, pull, quantize, recipe, verify
+from tui.verbs import ask, chat, doctor, imatrix, models, perplexity, plan, prompt, pull, quantize, recipe, verify
 
-_VERBS = (pull, imatrix, recipe, quantize, verify, perplexity, chat, ask, models, plan, doctor)
+_VERBS = (pull, imatrix, recipe, quantize, verify, perplexity, chat, ask, prompt, models, plan, doctor)
 
 
 def parser() -> argparse.ArgumentParser:

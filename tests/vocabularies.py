@@ -51,6 +51,21 @@ def conversation(*turns: str) -> list[Message]:
     return [Message(roles[role], text) for role, _, text in parted]
 
 
+TALKS = [
+    conversation("user: Hello"),
+    conversation("system: Be brief.", "user: Hello"),
+    conversation("user: Hello", "assistant: Hi.", "user: Define a horse."),
+    conversation("system: Be brief.", "user: A?", "assistant: B.", "user: C?", "assistant: D. ", "user: E?"),
+    *(conversation("system: S", f"user: {text}", f"assistant: x{text}", f"user: {text}!") for text in AWKWARD),
+]
+
+
+CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+
 def write_vocabulary(
     path: Path, name: str, pieces: Sequence[tuple[str, float, int]], template: str | None = None
 ) -> None:

@@ -288,7 +288,7 @@ def _check(rules: _Rules) -> None:
         raise GrammarError("there is no rule 'root', with which an answer begins")
     if (n := sum(_n_elements(body) for body in bodies.values())) > _MAX_ELEMENTS:
         raise GrammarError(f"the grammar has {n:,} elements with its repetitions; at most {_MAX_ELEMENTS:,} are taken")
-    empty = _closure(bodies, lambda body, known: _may_be(body, known, terminal=lambda t: t.n_chars == 0))
+    empty = _passable(bodies, lambda terminal: terminal.n_chars == 0)
     for item in (item for body in bodies.values() for item in _within(body)):
         if isinstance(item, _Repetition) and item.most is None and _is_empty(item.item, empty):
             rules.fail(item.at, "what is repeated here may be empty, so it could be repeated for ever")
@@ -306,7 +306,7 @@ def _check(rules: _Rules) -> None:
         n_ways[name] = 1 + sum(n_ways[other] for other in beginnings[name])
         if n_ways[name] > _MAX_BEGINNINGS:
             rules.fail(rules.places[name], f"rule {name!r} can begin in more than {_MAX_BEGINNINGS:,} ways")
-    ending = _closure(bodies, lambda body, known: _may_be(body, known, terminal=lambda _: True))
+    ending = _passable(bodies, lambda _: True)
     reached, todo = set[str](), ["root"]
     while todo:
         if (name := todo.pop()) not in reached:
@@ -327,31 +327,49 @@ def _within(item: _Item) -> Iterator[_Item]:
         yield from _within(item.item)
 
 
-def _closure(bodies: dict[str, _Group], holds: Callable[[_Group, set[str]], bool]) -> set[str]:
-    """Names of the rules for which it holds, given those for which it is known to hold."""
-    known: set[str] = set()
-    n_before = -1
-    while len(known) > n_before:
-        n_before = len(known)
-        for name in reversed(bodies):  # what a rule needs mostly stands below it
-            if name not in known and holds(bodies[name], known):
-                known.add(name)
-    return known
+def _passable(bodies: dict[str, _Group], terminal: Callable[[_Terminal], bool]) -> set[str]:
+    """Names of the rules with a way through on which all terminals will do. In time linear in the rules."""
+    items = [item for body in bodies.values() for item in _within(body)]
+    groups: list[tuple[str | int, _Group]] = [(id(item), item) for item in items if isinstance(item, _Group)]
+    ways = [(owner, way) for owner, group in (*bodies.items(), *groups) for way in group.alternatives]
+    needs = [{need for item in way if (need := _needed(item, terminal)) is not None} for _, way in ways]
+    n_missing = list(map(len, needs))
+    waiting: dict[str | int, list[int]] = {}
+    for index, needed in enumerate(needs):
+        for need in needed:
+            waiting.setdefault(need, []).append(index)
+    todo = [owner for (owner, _), n in zip(ways, n_missing, strict=True) if n == 0]
+    known: set[str | int] = set()
+    while todo:
+        if (owner := todo.pop()) not in known:
+            known.add(owner)
+            for index in waiting.get(owner, ()):
+                n_missing[index] -= 1
+                if n_missing[index] == 0:
+                    todo.append(ways[index][0])
+    return {name for name in bodies if name in known}
 
 
-def _may_be(item: _Item, known: set[str], terminal: Callable[[_Terminal], bool]) -> bool:
-    """Whether one way through the item has only rules that are known and terminals that will do."""
-    if isinstance(item, _Terminal):
-        return terminal(item)
+def _needed(item: _Item, terminal: Callable[[_Terminal], bool]) -> str | int | None:
+    """What a way through the item needs: a rule, a group by its id, nothing, or what there is not."""
+    while isinstance(item, _Repetition):
+        if item.least == 0:
+            return None
+        item = item.item
     if isinstance(item, _Reference):
-        return item.name in known
-    if isinstance(item, _Repetition):
-        return item.least == 0 or _may_be(item.item, known, terminal)
-    return any(all(_may_be(inner, known, terminal) for inner in sequence) for sequence in item.alternatives)
+        return item.name
+    return id(item) if isinstance(item, _Group) else None if terminal(item) else ""
 
 
 def _is_empty(item: _Item, empty: set[str]) -> bool:
-    return _may_be(item, empty, terminal=lambda t: t.n_chars == 0)
+    """Whether the item may be empty, where `empty` are the rules that may."""
+    if isinstance(item, _Terminal):
+        return item.n_chars == 0
+    if isinstance(item, _Reference):
+        return item.name in empty
+    if isinstance(item, _Repetition):
+        return item.least == 0 or _is_empty(item.item, empty)
+    return any(all(_is_empty(inner, empty) for inner in sequence) for sequence in item.alternatives)
 
 
 def _begins_with(item: _Item, empty: set[str]) -> Iterator[str]:

@@ -4,13 +4,14 @@ Takes `Load` and `Reply` commands, emits events, all in the calling thread. It k
 carries commands and events between processes, and only `stop` may be called from another thread.
 """
 
-import codecs
 import time
 from collections.abc import Callable
 
+from runtime.calling import Calling, calling
 from runtime.engine import Engine
 from runtime.errors import EngineError
 from runtime.events import (
+    CallPiece,
     Drawn,
     Event,
     Finished,
@@ -41,6 +42,7 @@ class Answerer:
 
     def __init__(self, engine: Engine, prompts: Prompter) -> None:
         self._engine, self._prompts = engine, prompts
+        self._told: set[str] = set()  # notices
 
     @classmethod
     def load(cls, load: Load, emit: Emit, cancelled: Callable[[], bool]) -> "Answerer":
@@ -101,6 +103,12 @@ class Answerer:
         """Answer, emitting progress, pieces and `Finished`. Raises UserError; what was read stays in the KV cache."""
         started = time.monotonic()
         ids = self._prompts.encode(reply.messages, reply.tools)
+        plan = calling(reply, self._prompts.calls if reply.tools else None, ids, self._engine.vocabulary)
+        ids = [*ids, *plan.opening]
+        for notice in plan.notices:
+            if notice not in self._told:
+                self._told.add(notice)
+                emit(Notice(notice))
         reused = 0
         pace: Pace | None = None
 
@@ -117,13 +125,17 @@ class Answerer:
             answering = time.monotonic()
             # Kernels round otherwise for several tokens than for one, and a seed is given to repeat an answer exactly.
             drafting = reply.sampling.seed is None
-            sampling = self._engine.start_sampling(reply.sampling, reply.grammar, drafting=drafting)
-            reason, n_answer, first = self._draw(reply, emit)
+            grammar = plan.grammar if plan.reader.in_calls else reply.grammar
+            sampling = self._engine.start_sampling(reply.sampling, grammar, drafting=drafting, forbidden=plan.forbidden)
+            reason, n_answer, first = self._draw(reply, plan, emit)
         except AbortedError:  # while the prompt was read
             answering = time.monotonic()
+        calls = plan.reader.calls(plan.check)
+        if calls and not plan.opening:
+            sampling = f"in calls grammar → {sampling}"
         emit(
             Finished(
-                reason=reason,
+                reason="calls" if calls and reason == "end" else reason,
                 prompt_tokens=len(ids),
                 reused_tokens=reused,
                 answer_tokens=n_answer,
@@ -137,22 +149,29 @@ class Answerer:
                 gpu_bytes=self._engine.gpu_bytes(),
                 drafted_tokens=self._engine.n_drafted,
                 accepted_tokens=self._engine.n_accepted,
+                calls=calls,
             )
         )
         self._engine.keep()  # nobody waits for it
 
-    def _draw(self, reply: Reply, emit: Emit) -> tuple[StopReason, int, float | None]:
+    def _draw(self, reply: Reply, plan: Calling, emit: Emit) -> tuple[StopReason, int, float | None]:
         """Draw tokens until the answer ends; why it did, how many there were, and when the first was drawn."""
-        engine, vocabulary = self._engine, self._engine.vocabulary
+        engine, vocabulary, reader = self._engine, self._engine.vocabulary, plan.reader
         # SentencePiece writes the space before the first word into its token; an answer does not begin with a space.
         last = reply.messages[-1]
         goes_on = last.role == "assistant" and bool(last.content.strip())
         strip_first = vocabulary.is_spm and not goes_on and reply.grammar is None  # it says itself how to begin
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
         reason: StopReason | None = None
         n_answer = 0
         drawn: list[Drawn] = []  # since the last piece
         first: float | None = None
+
+        def tell(parts: list[str | CallPiece]) -> None:
+            for part in parts:
+                emit(part if isinstance(part, CallPiece) else Piece(part, n_answer, tuple(drawn)))
+                if isinstance(part, str):
+                    drawn.clear()
+
         while reason is None:
             token = engine.next()
             first = first or time.monotonic()
@@ -164,9 +183,12 @@ class Answerer:
                 reason = "end"
                 break
             n_answer += 1
-            if text := decoder.decode(piece):
-                emit(Piece(text, n_answer, tuple(drawn)))
-                drawn.clear()
+            held = reader.in_calls
+            tell(reader.read(token, piece, n_answer))
+            if reader.in_calls:
+                tell([""] if drawn else [])
+            if reader.in_calls != held and not plan.once:
+                engine.hold_to(None if held else plan.grammar, reader.behind_opening)
             if n_answer == reply.sampling.max_tokens:
                 reason = "length"
             elif not engine.has_room():
@@ -176,9 +198,8 @@ class Answerer:
                     engine.extend(token)
                 except AbortedError:
                     reason = "stopped"
-        rest = decoder.decode(b"", final=True)
-        if rest or drawn:
-            emit(Piece(rest, n_answer, tuple(drawn)))
+        tell(reader.finish(n_answer))
+        tell([""] if drawn else [])
         return reason, n_answer, first
 
     def _likelihoods(self, token: int, piece: bytes, n_top: int) -> Drawn:

@@ -128,11 +128,19 @@ class Engine:
             on_progress(len(self._cache.ids), len(ids), reused)
         return reused
 
-    def start_sampling(self, sampling: Sampling, grammar: Grammar | None = None, *, drafting: bool = True) -> str:
+    def start_sampling(
+        self,
+        sampling: Sampling,
+        grammar: Grammar | None = None,
+        *,
+        drafting: bool = True,
+        forbidden: Sequence[int] = (),
+    ) -> str:
         """Set how `next` draws after what was read so far, and say it in words. A fixed seed repeats the answer.
 
         To the last bit without `drafting`: kernels round a token otherwise in a batch than alone. What is drawn from
-        then on keeps to the grammar. Raises EngineError for what does not fit the model, AbortedError.
+        then on keeps to the grammar, and no token is `forbidden`. Raises EngineError for what does not fit the model,
+        AbortedError.
         """
         if self._sampler is not None:
             self._sampler.close()
@@ -140,12 +148,19 @@ class Engine:
         seed = sampling.seed if sampling.seed is not None else secrets.randbelow(MAX_SEED + 1)
         self._drop_drafts()
         recent = self._cache.ids
-        self._sampler = Sampler(sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=recent, grammar=grammar)
+        self._sampler = Sampler(
+            sampling, seed, self.vocabulary, n_ctx=self.n_ctx, recent=recent, grammar=grammar, forbidden=forbidden
+        )
         self.n_drafted = self.n_accepted = 0
         self._drafter = self._speculation if drafting else None
         if self._drafter is not None:
             self._drafter.start(recent)
         return f"{'grammar → ' if grammar is not None else ''}{describe(sampling, seed)}"
+
+    def hold_to(self, grammar: Grammar | None, begun: str = "") -> None:
+        """In the middle of an answer, keep to a grammar from the next token on, or to none (native_sampling.py)."""
+        assert self._sampler is not None, "start_sampling comes first"
+        self._sampler.hold_to(grammar, begun)
 
     def next(self) -> int:
         """Draw the next id from the logits of the last decode. The KV cache does not hold it until `extend`."""

@@ -76,7 +76,8 @@ class Reply:
     logprobs: int | None = None
     """Tell each token's log-probability, and those of as many likeliest ones; None tells none."""
     grammar: Grammar | None = None
-    """Holds the whole answer to its form; the answer ends where the grammar does."""
+    """Holds the whole answer to its form; the answer ends where the grammar does. Refused beside tools that may be
+    called, whose calls have a grammar of their own."""
     tools: tuple[Tool, ...] = ()
     """What the model is told that it may call."""
     tool_choice: ToolChoice = "auto"

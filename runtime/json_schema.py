@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from runtime.errors import GrammarError
 from runtime.grammar import MAX_REPETITIONS, Grammar
+from runtime.whole_numbers import whole_numbers
 
 _ANNOTATIONS = (
     *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
@@ -69,38 +70,50 @@ _FORMATS = {"date": "date", "time": "time", "date-time": 'date "T" time', "uuid"
 
 def grammar_of(schema: object) -> Grammar:
     """The grammar of a schema as `json.loads` gives it. Raises GrammarError that says where it cannot be held to."""
-    writer = _Writer(schema)
-    text = writer.text()
+    text = with_primitives(rules_of(schema))
     try:
         return Grammar(text)
     except GrammarError as error:
         raise GrammarError(f"no grammar can be made of the schema: {error}") from None
 
 
+def rules_of(schema: object, name: str = "root", prefix: str = "") -> dict[str, str]:
+    """The rules of a schema, to be one part of a grammar: name → body. Raises GrammarError.
+
+    The schema's own is `name`, the names of all others begin with `prefix`; primitives are not among them.
+    """
+    writer = _Writer(schema, prefix)
+    return {name: writer.root(), **writer.rules}
+
+
+def with_primitives(rules: Mapping[str, str]) -> str:
+    """The text of a grammar of these rules, and of the primitives that they use: `ws`, `string`, `object`, …"""
+    lines = dict(rules)
+    todo = list(lines.values())
+    while todo:
+        for word in re.findall(r"[a-z]+", todo.pop()):
+            if word in _PRIMITIVES and word not in lines:
+                lines[word] = _PRIMITIVES[word]
+                todo.append(_PRIMITIVES[word])
+    return "".join(f"{name} ::= {body}\n" for name, body in lines.items())
+
+
 class _Writer:
     """Visits a schema, and collects rules on the way. A visit gives one item of GBNF, mostly the name of a rule."""
 
-    def __init__(self, schema: object) -> None:
-        self._schema = schema
-        self._rules: dict[str, str] = {}
+    def __init__(self, schema: object, prefix: str) -> None:
+        self._schema, self._prefix = schema, prefix
+        self.rules: dict[str, str] = {}
         self._names: dict[str, str] = {}  # body → name, so that equal parts are one rule
         self._references: dict[str, str] = {}  # $ref → name
 
-    def text(self) -> str:
-        root = self._visit(self._schema, "#", 0)
-        lines = {"root": root, **self._rules}
-        todo = list(lines.values())
-        while todo:  # what is used of the primitives, and what they use
-            for word in re.findall(r"[a-z]+", todo.pop()):
-                if word in _PRIMITIVES and word not in lines:
-                    lines[word] = _PRIMITIVES[word]
-                    todo.append(_PRIMITIVES[word])
-        return "".join(f"{name} ::= {body}\n" for name, body in lines.items())
+    def root(self) -> str:
+        return self._visit(self._schema, "#", 0)
 
     def _rule(self, body: str) -> str:
         if body not in self._names:
-            self._names[body] = f"r{len(self._rules)}"
-            self._rules[self._names[body]] = body
+            self._names[body] = f"{self._prefix}r{len(self.rules)}"
+            self.rules[self._names[body]] = body
         return self._names[body]
 
     def _visit(self, schema: object, place: str, depth: int) -> str:
@@ -142,7 +155,7 @@ class _Writer:
             fitting = [one for one in values if types is None or any(_is_of(one, type_) for type_ in types)]
             if not fitting:
                 _fail(place, f"no value is of type {' or '.join(types or ())}")
-            return self._rule(" | ".join(_literal(_json(one, place)) for one in fitting))
+            return self._rule(" | ".join(literal(_json(one, place)) for one in fitting))
         if not isinstance(value, list) or not value:
             _fail(place, f"must be a list of schemas, not {_shown(value)}")
         if key == "allOf" and len(value) != 1:
@@ -162,9 +175,11 @@ class _Writer:
                     target = target[int(key)]
                 else:
                     _fail(place, f"there is no {reference!r} in the schema")
-            name = self._references[reference] = f"ref{len(self._references)}"  # before the visit: it may recur
-            self._rules[name] = ""
-            self._rules[name] = self._visit(target, reference, depth + 1)
+            name = self._references[reference] = (
+                f"{self._prefix}ref{len(self._references)}"  # before the visit: it may recur
+            )
+            self.rules[name] = ""
+            self.rules[name] = self._visit(target, reference, depth + 1)
         return self._references[reference]
 
     def _typed(self, schema: dict[str, Any], keys: Sequence[str], place: str, depth: int) -> str:
@@ -212,9 +227,9 @@ class _Writer:
             _fail(place, f"no whole number is at least {low} and at most {high}")
         parts = []
         if low < 0:
-            parts.append(f'"-" ( {" | ".join(_whole_numbers(max(1, -high), -low))} )')
+            parts.append(f'"-" ( {" | ".join(whole_numbers(max(1, -high), -low))} )')
         if high >= 0:
-            parts += _whole_numbers(max(0, low), high)
+            parts += whole_numbers(max(0, low), high)
         return self._rule(" | ".join(parts))
 
     def _number(self, own: dict[str, Any], place: str, _: int) -> str:
@@ -275,7 +290,7 @@ class _Writer:
         return self._rule(f'"{{" ws {self._chosen(pairs, set(required))} ws "}}"' if pairs else '"{" ws "}"')
 
     def _pair(self, name: str, schema: object, place: str, depth: int) -> str:
-        return f'{_literal(_json(name, place))} ":" ws {self._visit(schema, place, depth + 1)}'
+        return f'{literal(_json(name, place))} ":" ws {self._visit(schema, place, depth + 1)}'
 
     def _chosen(self, pairs: Mapping[str, str], required: set[str]) -> str:
         """Pairs in their order, those that are not required or left out: rules from the last pair to the first.
@@ -288,38 +303,9 @@ class _Writer:
                 fresh = self._rule(f"{pair} {begun}".rstrip())
                 begun = self._rule(f'"," ws {pair} {begun}'.rstrip())
             else:
-                fresh = self._rule(f"{pair} {begun} | {fresh or _literal('')}")
+                fresh = self._rule(f"{pair} {begun} | {fresh or literal('')}")
                 begun = self._rule(f'( "," ws {pair} )? {begun}'.rstrip())
         return fresh
-
-
-def _whole_numbers(low: int, high: int) -> list[str]:
-    """Sequences of GBNF for 0 ≤ low … high, without leading zeros."""
-    found = []
-    for n_digits in range(len(str(low)), len(str(high)) + 1):
-        first = max(low, 10 ** (n_digits - 1) if n_digits > 1 else 0)
-        found += _digits(str(first), str(min(high, 10**n_digits - 1)))
-    return found
-
-
-def _digits(low: str, high: str) -> list[str]:
-    """Sequences for the numbers from low to high, which have equally many digits."""
-    n_rest = len(low) - 1
-    if low.strip("0") == "" and high.strip("9") == "":
-        return [f"[0-9]{{{len(low)}}}"]
-    if n_rest == 0:
-        return [f"[{low}-{high}]"]
-    if low[0] == high[0]:
-        return [f'"{low[0]}" {rest}' for rest in _digits(low[1:], high[1:])]
-    least, most = int(low[0]), int(high[0])
-    found, upper = [], []
-    if low[1:].strip("0"):
-        found += [f'"{low[0]}" {rest}' for rest in _digits(low[1:], "9" * n_rest)]
-        least += 1
-    if high[1:].strip("9"):
-        upper = [f'"{high[0]}" {rest}' for rest in _digits("0" * n_rest, high[1:])]
-        most -= 1
-    return [*found, *([f"[{least}-{most}] [0-9]{{{n_rest}}}"] if least <= most else []), *upper]
 
 
 def _bounds(own: Mapping[str, Any], least_key: str, most_key: str, place: str) -> tuple[int, int | None]:
@@ -378,7 +364,7 @@ def _is_finite(value: object) -> bool:
     return all(_is_finite(one) for one in inside)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A text of printable characters as GBNF."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

@@ -31,12 +31,14 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, Instr
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from runtime.calls import CallForm
 from runtime.conversation import as_json, functions, in_openai_form, settled, short_ids
 from runtime.errors import EngineError, ModelFileError
 from runtime.messages import Message, Tool
 from runtime.prompts import Transcript, Vocabulary
 
-_TOOLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+_CALLS = "[TOOL_CALLS]"
+_TOOLS = (_CALLS, "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 _V1 = ("<s>", "</s>")
 _V3 = (*_V1, "[INST]", "[/INST]", *_TOOLS)
 _V7 = (*_V3, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
@@ -60,6 +62,10 @@ class MistralPrompter:
             request_normalizer=get_normalizer(_version(kind), None),
         )
         _check_vocabulary(pieces, vocabulary, name)
+        self.calls: CallForm | None = None
+        """A list of calls behind its control token; v1 has none."""
+        if _CALLS in _CONTROLS[kind]:
+            self.calls = CallForm(_CALLS, pieces.get_special_token(_CALLS), is_list=True)
 
     @property
     def marks_turns_by_text(self) -> bool:

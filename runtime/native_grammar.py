@@ -60,6 +60,17 @@ class NativeGrammar:
         if not self._vocabulary.ends_answer(token):
             self._utf8.decode(self._vocabulary.piece(token))
 
+    def accept_text(self, text: str) -> bool:
+        """Go on by a text, in whatever tokens; False where that is refused, and the grammar is then of no use.
+
+        SentencePiece puts a space in front of it, which the grammar must take.
+        """
+        for token in self._vocabulary.tokenize(text):
+            if not (self.is_text(token) and self.allows(token)):
+                return False
+            self.accept(token)
+        return True
+
     def close(self) -> None:
         if self._pointer:
             lib.llama_sampler_free(self._pointer)

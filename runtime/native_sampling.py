@@ -29,7 +29,8 @@ class Sampler:
     """Draws tokens as `sampling` says, with `seed`. Close it before its model.
 
     `recent` is what was read so far, prompt and answer, for the penalties; `n_ctx` is the longest window they can have.
-    Raises EngineError for a logit bias of a token that the vocabulary has not, or a grammar that llama.cpp refuses.
+    No token of `forbidden` is drawn. Raises EngineError for a logit bias of a token that the vocabulary has not, or a
+    grammar that llama.cpp refuses.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Sampler:
         n_ctx: int,
         recent: Sequence[int] = (),
         grammar: Grammar | None = None,
+        forbidden: Sequence[int] = (),
     ) -> None:
+        self._forbidden = list(forbidden)
         self._sampling, self._seed, self._vocabulary, self._n_ctx = sampling, seed, vocabulary, n_ctx
         n_tokens = vocabulary.n_tokens
         for token, _ in sampling.logit_bias:
@@ -64,6 +67,19 @@ class Sampler:
         except BaseException:
             self.close()
             raise
+
+    def hold_to(self, grammar: Grammar | None, begun: str = "") -> None:
+        """Keep to a grammar from now on, of which the text `begun` stands there already; None: to none any more.
+
+        Where the grammar refuses what has begun, nothing is kept to. Raises EngineError as the constructor does.
+        """
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None
+        if grammar is not None:
+            self._grammar = NativeGrammar(grammar, self._vocabulary)
+            if begun and not self._grammar.accept_text(begun):
+                self.hold_to(None)
 
     def names(self) -> list[str]:
         """The samplers that run, by llama.cpp's names."""
@@ -103,6 +119,7 @@ class Sampler:
         self, logits: NDArray[np.float32], *, masked: bool, refused: Sequence[int] = ()
     ) -> tuple[NDArray[Any], int]:
         self._candidates["id"], self._candidates["logit"], self._candidates["p"] = self._ids, logits, 0
+        self._candidates["logit"][self._forbidden] = -np.inf
         start = self._candidates.ctypes.data
         data = ctypes.cast(start, ctypes.POINTER(lib.llama_token_data))
         left = lib.llama_token_data_array(data, len(self._candidates), -1, False)

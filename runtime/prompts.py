@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.calls import CallForm
 from runtime.errors import CatalogueError
 from runtime.messages import Message, Tool
 
@@ -69,6 +70,10 @@ class Prompter(Protocol):
     @property
     def marks_turns_by_text(self) -> bool:
         """Whether turns are told apart by plain text alone, as in mistral-v1: a message can pretend to be several."""
+
+    @property
+    def calls(self) -> CallForm | None:
+        """How answers write calls of tools; None where none can be read out of them."""
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Ids of the prompt that asks for the answer to `messages`, which may be a call of one of `tools`.

@@ -26,12 +26,14 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtime.calls import CallForm
 from runtime.conversation import functions, in_openai_form, settled, texts, with_parsed_arguments
 from runtime.errors import EngineError, ModelFileError
 from runtime.marks import Content, Marks, in_marks, tojson
 from runtime.messages import Message, Tool
 from runtime.prompts import Transcript, Vocabulary
 
+_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 _C_WHITESPACE = " \t\n\v\f\r"  # isspace() in the C locale
 _Turn: TypeAlias = Mapping[str, Any]
 _Last: TypeAlias = Literal["asks", "goes on", "is closed"]
@@ -61,6 +63,11 @@ class TemplatePrompter:
         """Characters that no mark may be."""
         self._coded_spaces = {c for i in self._controls for c in vocabulary.text(i) if c.isspace()}
         self._strips: dict[str, tuple[bool, bool]] = {}
+        self.calls: CallForm | None = None
+        """Those of Hermes, as JSON; some templates write the same tags around calls in XML."""
+        if _OPENING in template and "<function=" not in template:
+            is_control = self._ids.get(_CLOSING) in self._controls
+            self.calls = CallForm(_OPENING, self._ids.get(_OPENING), closing="" if is_control else _CLOSING)
 
     @property
     def marks_turns_by_text(self) -> bool:

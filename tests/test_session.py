@@ -213,7 +213,9 @@ class SpeltModel:
         on_progress(len(ids), len(ids), 0)
         return 0
 
-    def start_sampling(self, sampling: Sampling, grammar: Grammar | None, *, drafting: bool) -> str:
+    def start_sampling(
+        self, sampling: Sampling, grammar: Grammar | None, *, drafting: bool, forbidden: Sequence[int]
+    ) -> str:
         self._next = 0
         return "one after the other"
 

@@ -7,7 +7,7 @@ mended before, and what is refused, conversation.py says.
 
 `transcribe` takes a whole conversation instead, answers, tools and their calls included, as it would be trained on.
 
-`mistral-v1`, `-v3` and `-v7` are built by mistral-common (mistral.py); `template` renders the Jinja template that the
+The `mistral-…` formats are built by mistral-common (mistral.py); `template` renders the Jinja template that the
 GGUF carries (template.py). Knows nothing of sampling, of the KV cache, or of where an answer ends.
 """
 
@@ -20,20 +20,30 @@ from runtime.calls import CallForm
 from runtime.errors import CatalogueError
 from runtime.messages import Message, Tool
 
-KINDS = ("mistral-v1", "mistral-v3", "mistral-v7", "template")
+KINDS = (
+    *("mistral-v1", "mistral-v3", "mistral-v3-tekken", "mistral-v7", "mistral-v7-tekken", "mistral-v11", "mistral-v13"),
+    "template",
+)
 """The prompt formats, as models.yaml names them."""
 
 
 class Vocabulary(Protocol):
     """What a prompt needs to know of the GGUF's tokens. native.py's vocabulary is one."""
 
-    n_tokens: int
-    bos: int
-    """Id of the beginning-of-sequence token, -1 if there is none."""
-    eos: int
-    """Id of the end-of-sequence token, -1 if there is none."""
-    adds_bos: bool
-    """The model wants every text to begin with BOS."""
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def bos(self) -> int:
+        """Id of the beginning-of-sequence token, -1 if there is none."""
+
+    @property
+    def eos(self) -> int:
+        """Id of the end-of-sequence token, -1 if there is none."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model wants every text to begin with BOS."""
 
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Ids of `text` as llama_tokenize gives them: `special` is parse_special, `bos` is add_special."""
@@ -88,8 +98,8 @@ class Prompter(Protocol):
 def prompter(kind: str, vocabulary: Vocabulary, *, template: str | None, tokenizer: Path | None) -> Prompter:
     """The prompt format `kind` (one of KINDS) for a model with this vocabulary.
 
-    `template` is the GGUF's Jinja template, used by the kind `template`. `tokenizer` is a SentencePiece file for a
-    `mistral-…` kind; None takes mistral-common's own for that version. Nothing is downloaded.
+    `template` is the GGUF's Jinja template, used by the kind `template`. `tokenizer` is the tokenizer's file for a
+    `mistral-…` kind; None takes mistral-common's own, where it has one for that kind. Nothing is downloaded.
 
     Raises ModelFileError when the tokenizer does not fit the vocabulary, or the template is missing or unreadable.
     """
@@ -110,6 +120,6 @@ def packaged_vocabulary(kind: str, tokenizer: Path | None) -> Vocabulary:
 
     Raises ModelFileError for a file that is no tokenizer of that kind.
     """
-    from runtime.mistral import own_vocabulary
+    from runtime.mistral_tokenizers import opened
 
-    return own_vocabulary(kind, tokenizer)
+    return opened(kind, tokenizer)

@@ -15,7 +15,7 @@ from runtime.conversation import settled, short_ids
 from runtime.errors import EngineError
 from runtime.events import EngineSettings, Event, Finished, Load, Notice, Reply
 from runtime.messages import Message, Tool, ToolCall
-from runtime.prompts import Prompter
+from runtime.prompts import KINDS, Prompter
 from runtime.sampling import Sampling
 from tests import vocabularies
 from tests.vocabularies import (
@@ -24,6 +24,7 @@ from tests.vocabularies import (
     file_of,
     large,
     mistral,
+    mistral_format,
     opened,
     packaged,
     pieces_of,
@@ -225,9 +226,10 @@ def test_a_name_that_is_none_is_still_told() -> None:
 
 @pytest.mark.parametrize("content", ["", " ", "[" * 100_000, "1" * 5000, '"\\ud800"', "\ud800", "NaN", "{} {}"])
 def test_every_result_can_be_told(content: str) -> None:
-    for version, format_ in formats():
-        ids = format_.encode([USER, Message("assistant", "", (VALS,)), Message("tool", content, call_id="abcdefgh1")])
-        assert large(version).text(ids[-1]) == "[/TOOL_RESULTS]"
+    for kind in (kind for kind in KINDS if kind not in ("mistral-v1", "template")):
+        format_, vocabulary, _ = mistral_format(kind)
+        talk = [USER, Message("assistant", "Wait.", (VALS,)), Message("tool", content, call_id="abcdefgh1")]
+        assert vocabulary.text(format_.encode(talk, TOOLS)[-1]) == "[/TOOL_RESULTS]"
 
 
 # What is refused

@@ -9,13 +9,11 @@ import platformdirs
 import pytest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from runtime.prompts import packaged_vocabulary
 from tests.terminal import Terminal
 from tests.test_cli import BISE, _one_line_error, bise, environment
 from tests.vocabularies import (
     DEMO_TOKENIZER,
     file_of,
-    large,
     packaged,
     pieces_of,
     smollm,
@@ -109,19 +107,6 @@ def test_only_mistrals_formats_need_no_file(prompt: Prompt) -> None:
     own.write_text(f"models:\n  away: {entry.format('Away', 'hub:a/b', 'template')}\n  packaged: {packaged}\n")
     assert prompt("away", TALK)[2].startswith("bise: the weights of away are not on this disk")
     assert prompt("packaged", TALK)[2].startswith("bise: mistral-common's tokenizer for mistral-v3 has 32768 tokens, ")
-
-
-@pytest.mark.parametrize("version", [1, 3, 7])
-def test_the_vocabulary_without_a_model_is_that_of_its_gguf(version: int) -> None:
-    own, ggufs = packaged_vocabulary(f"mistral-v{version}", None), large(version)
-    assert (own.n_tokens, own.bos, own.eos, own.adds_bos) == (ggufs.n_tokens, ggufs.bos, ggufs.eos, ggufs.adds_bos)
-    for token in range(1, own.n_tokens):
-        told = own.text(token), own.piece(token), own.is_control(token)
-        assert told == (ggufs.text(token), ggufs.piece(token), ggufs.is_control(token)), token
-    for text in ("Où? 東京\n👩", "[INST]</s>"):
-        assert own.tokenize(text, bos=True) == ggufs.tokenize(text, bos=True)
-    with pytest.raises(NotImplementedError):
-        own.tokenize("</s>", special=True)
 
 
 def test_a_reply_to_go_on_with(prompt: Prompt) -> None:

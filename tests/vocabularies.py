@@ -1,5 +1,6 @@
 """Real vocabularies for tests of prompts: written to GGUF files without tensors, and read by llama.cpp."""
 
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from gguf.vocab import MistralVocab
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from sentencepiece import SentencePieceProcessor
 
 from runtime.events import EngineSettings
@@ -151,6 +154,59 @@ def mistral(kind: str, vocabulary: Vocabulary, tokenizer: Path | None = None) ->
 @cache
 def templated(vocabulary: Vocabulary, template: str) -> Prompter:
     return prompter("template", vocabulary, template=template, tokenizer=None)
+
+
+def tekken_file(version: str, n_pieces: int = 3000) -> Path:
+    """A tekken.json of a version, with the first pieces of the one that mistral-common has; alone in its folder."""
+    path = Path(_FOLDER.name) / f"tekken-{version}-{n_pieces}" / "tekken.json"
+    if not path.exists():
+        data = json.loads((file_of(3).parent / "tekken_240718.json").read_text(encoding="utf-8"))
+        n_special = data["config"]["default_num_special_tokens"]
+        data["config"] |= {"version": version, "default_vocab_size": n_special + n_pieces}
+        if version not in ("v3", "v7"):
+            names = [str(token["token_str"].value) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]  # type: ignore[attr-defined]
+            names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
+            data["special_tokens"] = [{"rank": i, "token_str": n, "is_control": True} for i, n in enumerate(names)]
+        path.parent.mkdir()
+        path.write_text(json.dumps({**data, "vocab": data["vocab"][:n_pieces]}), encoding="utf-8")
+    return path
+
+
+def write_tekken_vocabulary(path: Path, tokenizer: Path) -> None:
+    """A GGUF file with the vocabulary of a tekken.json, as gguf-py reads it, and no tensors."""
+    vocabulary = MistralVocab(tokenizer.parent)
+    tokens = list(vocabulary.all_tokens())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(vocabulary.gguf_tokenizer_model)
+    writer.add_tokenizer_pre("tekken")
+    writer.add_token_list([text for text, _, _ in tokens])
+    writer.add_token_types([kind for _, _, kind in tokens])
+    writer.add_token_merges(vocabulary.extract_vocab_merges_from_model())  # type: ignore[no-untyped-call]
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_add_bos_token(True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@cache
+def tekken(version: str) -> Vocabulary:
+    """That of a GGUF whose tokenizer is `tekken_file(version)`."""
+    path = Path(_FOLDER.name) / f"{next(_NUMBERS)}.gguf"
+    write_tekken_vocabulary(path, tekken_file(version))
+    return opened(path)
+
+
+@cache
+def mistral_format(kind: str) -> tuple[Prompter, Vocabulary, MistralTokenizer[Any, Any, Any, Any, Any]]:
+    """A prompt format, the vocabulary of a GGUF of it, and mistral-common's own for the same tokenizer."""
+    version = kind.split("-")[1]
+    if kind in ("mistral-v1", "mistral-v3", "mistral-v7"):
+        number = int(version.removeprefix("v"))
+        return mistral(kind, large(number)), large(number), packaged(number)
+    file = tekken_file(version)
+    return mistral(kind, tekken(version), file), tekken(version), MistralTokenizer.from_file(file)
 
 
 def controls(vocabulary: Vocabulary, ids: Sequence[int]) -> list[int]:

@@ -28,7 +28,8 @@ def reference(kind: str, turns: list[Turn], tools: list[Turn] | None = None, *, 
     return list(mistral_format(kind)[2].encode_chat_completion(request).tokens)
 
 
-def ours(kind: str, turns: list[Turn], tools: list[Turn] | None = None) -> list[int]:
+def told(turns: list[Turn], tools: list[Turn] | None = None) -> tuple[list[Message], list[Tool]]:
+    """Turns and tools in OpenAI's form as ours."""
     messages = [
         Message(
             turn["role"],
@@ -41,11 +42,14 @@ def ours(kind: str, turns: list[Turn], tools: list[Turn] | None = None) -> list[
         )
         for turn in turns
     ]
-    told = [
+    return messages, [
         Tool(tool["function"]["name"], tool["function"]["description"], json.dumps(tool["function"]["parameters"]))
         for tool in tools or ()
     ]
-    return mistral_format(kind)[0].encode(messages, told)
+
+
+def ours(kind: str, turns: list[Turn], tools: list[Turn] | None = None) -> list[int]:
+    return mistral_format(kind)[0].encode(*told(turns, tools))
 
 
 def said(role: str, content: str) -> Turn:

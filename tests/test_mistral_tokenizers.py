@@ -145,11 +145,11 @@ def test_the_first_differing_token_is_named(tmp_path: Path) -> None:
 
 
 def test_reserved_tokens_may_be_named_otherwise(tmp_path: Path) -> None:
-    whole = json.loads(tekken_file("v11").read_text())
+    whole = json.loads(tekken_file("v13").read_text())
     without_thoughts = {**whole, "special_tokens": whole["special_tokens"][:22]}
     (tmp_path / "tekken.json").write_text(json.dumps(without_thoughts))
-    prompter("mistral-v11", tekken("v11"), template=None, tokenizer=tmp_path / "tekken.json")
+    prompter("mistral-v13", tekken("v13"), template=None, tokenizer=tmp_path / "tekken.json")
     without_calls = {**whole, "special_tokens": whole["special_tokens"][:20]}
     (tmp_path / "tekken.json").write_text(json.dumps(without_calls))
-    assert "has no control token [ARGS]" in refusal("mistral-v11", tmp_path / "tekken.json", tekken("v11"))
+    assert "has no control token [ARGS]" in refusal("mistral-v13", tmp_path / "tekken.json", tekken("v13"))
     assert refusal("mistral-v7-tekken", tekken_file("v7"), tekken("v11")).startswith("token 20 is '<SPECIAL_20>'")

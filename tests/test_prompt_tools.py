@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2 import Environment
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
 from runtime.answering import Answerer
@@ -55,6 +54,14 @@ FUNCTIONS = [
         "function": {"name": "time-of_day", "description": "", "parameters": {"type": "object", "properties": {}}},
     },
 ]
+
+
+CALLING = """{% for tool in tools or [] %}<|im_start|>tools
+{{ tool | tojson }}<|im_end|>{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}
+{{ call.id }} {{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}
+{%- if m.role == 'tool' %} {{ m.name }} {{ m.tool_call_id }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
 
 
 def reference(
@@ -276,84 +283,6 @@ def test_a_schema_that_mistral_common_refuses_is_one_line() -> None:
         for _, format_ in formats():
             with pytest.raises(EngineError, match=r"^Mistral's prompt format cannot express [^\n]*$"):
                 format_.encode([USER], [Tool("f", "", parameters)])
-
-
-# Templates
-
-CALLING = """{% for tool in tools or [] %}<|im_start|>tools
-{{ tool | tojson }}<|im_end|>{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}{% for call in m.tool_calls or [] %}
-{{ call.id }} {{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}
-{%- if m.role == 'tool' %} {{ m.name }} {{ m.tool_call_id }}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
-
-
-def rendered_plainly(template: str, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-    environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.from_string(template).render(messages=turns, tools=tools, add_generation_prompt=True)
-
-
-def test_a_template_is_given_openais_form() -> None:
-    turns: list[dict[str, Any]] = json.loads(json.dumps([ASKED, BOTH, *RESULTS]))
-    turns[1]["content"] = ""
-    for call in turns[1]["tool_calls"]:
-        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    for turn in turns[2:]:
-        turn["name"] = "weather"
-    expected = smollm().tokenize(rendered_plainly(CALLING, turns, FUNCTIONS), special=True)
-    assert templated(smollm(), CALLING).encode([USER, CALLS, WARM, COLD], TOOLS) == expected
-
-
-def test_templates_may_sort_and_look_up_keys() -> None:
-    template = """{% for tool in tools %}{% set f = tool['function'] %}{{ f.name }}: {{ f.parameters.type }}
-    {%- for name, schema in f.parameters.properties | dictsort %}, {{ name }}{% if schema.type == 'string' %} text
-    {%- endif %}{% if name in f.parameters.required %}!{% endif %}{% endfor %}
-    {{- f.parameters.properties.city is defined }}{{ f | tojson(sort_keys=true) }}{% endfor %}"""
-    parameters = {
-        "type": "object",
-        "properties": {"z": {}, "city": {"type": "string"}, "B": {}, 'a "b"': {}},
-        "required": ["city"],
-    }
-    said = spoken(smollm(), templated(smollm(), template).encode([USER], [Tool("f", "", json.dumps(parameters))]))
-    function = {"name": "f", "description": "", "parameters": parameters}
-    assert said == 'f: object, a "b", B, city text!, z' + "True" + json.dumps(function, sort_keys=True)
-
-
-def test_a_template_that_walks_through_arguments_is_given_an_object() -> None:
-    template = """{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}
-    {%- for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}{% endfor %}
-    {%- endfor %}"""
-    calls = (VALS, ToolCall("2", "f", "[1"), ToolCall("3", "g", "[2]"))
-    results = [WARM, Message("tool", "", call_id="2"), Message("tool", "", call_id="3")]
-    said = spoken(smollm(), templated(smollm(), template).encode([USER, Message("assistant", "", calls), *results]))
-    assert said == 'Warm in Vals?weather city=Valsf arguments=[1g arguments=[2]{"celsius": 20}'
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m.content }}{% endfor %}",
-        "{% for m in messages %}{{ m.content if m.role == 'user' else raise_exception('who?') }}{% endfor %}",
-        "{% if tools %}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content }}{% endif %}{% endfor %}",
-    ],
-)
-def test_a_template_that_leaves_out_tools_or_calls_is_refused(template: str) -> None:
-    format_ = templated(smollm(), template)
-    format_.encode([USER])
-    for talk, tools in (([USER], TOOLS), ([USER, CALLS, WARM, COLD], ())):
-        with pytest.raises(EngineError, match="the chat template of this model has no tools, or leaves them out"):
-            format_.encode(talk, tools)
-
-
-def test_a_template_that_wants_a_users_message_first_is_given_one() -> None:
-    strict = """{% for m in messages %}{% if loop.first and m.role == 'assistant' %}
-    {{- raise_exception('begin with user') }}{% endif %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"""
-    talk = [Message("assistant", "Welcome."), USER]
-    assert spoken(smollm(), templated(smollm(), strict).encode(talk)) == "<user><assistant>Welcome.<user>Warm in Vals?"
-    lax = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
-    assert spoken(smollm(), templated(smollm(), lax).encode(talk)) == "<assistant>Welcome.<user>Warm in Vals?"
 
 
 @pytest.mark.parametrize(

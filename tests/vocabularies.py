@@ -165,7 +165,7 @@ def tekken_file(version: str, n_pieces: int = 3000) -> Path:
         data["config"] |= {"version": version, "default_vocab_size": n_special + n_pieces}
         if version not in ("v3", "v7"):
             names = [str(token["token_str"].value) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]  # type: ignore[attr-defined]
-            names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
+            names += ["[ARGS]", "[CALL_ID]", *(("[THINK]", "[/THINK]") if version == "v13" else ())]
             data["special_tokens"] = [{"rank": i, "token_str": n, "is_control": True} for i, n in enumerate(names)]
         path.parent.mkdir()
         path.write_text(json.dumps({**data, "vocab": data["vocab"][:n_pieces]}), encoding="utf-8")

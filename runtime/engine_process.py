@@ -6,7 +6,6 @@ it and llama.cpp write goes to its stderr, which is a log file.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import os
 import queue
@@ -15,16 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 
+from runtime.ending import die_first, end_with
 from runtime.engine_log import NativeLines
 from runtime.errors import EngineError, UserError
 from runtime.events import Command, Event, Failed, Heartbeat, Load, Quit, Reply, Stop
 
 HEARTBEAT_SECONDS = 1.0
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_OOM_SCORE = "500"  # of 1000
 
 
 class _Outbox:
@@ -104,10 +100,10 @@ class _Inbox:
 
 def main(descriptor: int, owner: int) -> None:
     """Carry out the commands that arrive on a socket until it says quit or closes. `owner` is the parent process."""
-    _end_with(owner)
+    end_with(owner)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the owner decides what it means
     faulthandler.enable()
-    _die_first()
+    die_first()
     connection = Connection(descriptor)
     outbox, inbox = _Outbox(connection), _Inbox(connection)
     with outbox.at_work():
@@ -140,23 +136,6 @@ def main(descriptor: int, owner: int) -> None:
     if answerer is not None:
         inbox.hand_stops_to(None)
         answerer.close()
-
-
-def _end_with(owner: int) -> None:
-    """Have the kernel kill this process when the owner's thread that started it ends, which is when the owner ends.
-
-    Linux only. Elsewhere the end of the socket has to do.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != owner:  # it ended before
-        os._exit(0)
-
-
-def _die_first() -> None:
-    """When memory runs out, let the kernel kill this process and not the one that holds the conversation."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
 
 
 if __name__ == "__main__":

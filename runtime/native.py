@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import EngineError, ModelFileError
 from runtime.events import EngineSettings
+from runtime.interrupts import Interrupts
 from runtime.wheel import VERSION as WHEEL_VERSION
 
 # GNU OpenMP's waiting threads spin for milliseconds by default. On a machine that does anything else besides, they take
@@ -224,18 +225,19 @@ class Model:
             split = (ctypes.c_float * lib.llama_max_devices())(*settings.tensor_split)
             params.tensor_split = split
             keep.append(split)
-        cancelled = False
+        cancelled, interrupts = False, Interrupts()
         if progress is not None:
 
             def report(fraction: float, _: object) -> bool:
                 nonlocal cancelled
-                cancelled = not progress(float(fraction))
+                cancelled = interrupts.came or not progress(float(fraction))
                 return not cancelled
 
             params.progress_callback = lib.llama_progress_callback(report)
             keep.append(params.progress_callback)
         LOG.clear()
-        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        with interrupts.held():
+            self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         del keep
         if not self._model:
             if cancelled:

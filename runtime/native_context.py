@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
+from runtime.interrupts import Interrupts
 from runtime.native import LOG, Model, lib
 from runtime.native_graph import Observer, Watch
 
@@ -78,7 +79,8 @@ class Context:
         self._settings = settings
         self._n_vocab = model.vocabulary.n_tokens
         LOG.clear()
-        self._context = lib.llama_init_from_model(model.pointer, params)
+        with Interrupts().held():
+            self._context = lib.llama_init_from_model(model.pointer, params)
         if not self._context:
             cause = (LOG.errors() or ["unknown cause"])[0]
             raise EngineError(

@@ -6,17 +6,16 @@ second copy with a registry of its own, and devices added there would never be u
 """
 
 import ctypes
-import socket
 from collections.abc import Sequence
+from pathlib import Path
 
 from runtime import native
 from runtime.errors import EngineError
 from runtime.hardware import Device
 from runtime.native import function
+from runtime.rpc_address import check_answers
 
 _KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}  # enum ggml_backend_dev_type, ggml-backend.h
-
-_CONNECT_SECONDS = 5.0
 
 
 def devices() -> tuple[Device, ...]:
@@ -55,44 +54,42 @@ def register_rpc(servers: Sequence[str]) -> None:
     Upstream's order (llama.cpp 0c1e57098, common/arg.cpp `add_rpc_devices`): add the server, register it, then load.
     Raises EngineError for a server that does not answer; llama.cpp itself would end the process.
     """
-    for server in servers:
-        _check_answers(server)
     if not servers:
         return
+    ours = {device.description for device in devices()}
+    for server in servers:
+        check_answers(server, is_ours=server in ours)
     add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(_rpc_function("ggml_backend_rpc_add_server"))
     register = function("ggml_backend_register", None, ctypes.c_void_p)
     for server in servers:
         register(add_server(server.encode()))
 
 
-def serve_rpc(endpoint: str, n_threads: int) -> None:
-    """Offer this machine's CPU as an RPC device at host:port until the process ends. Blocks.
+def serve_rpc(endpoint: str, names: Sequence[str] = (), n_threads: int = 1, cache: Path | None = None) -> None:
+    """Offer devices of this machine at host:port, a numeric IPv4 address, until the process ends. Blocks.
 
-    Whoever can reach the port can use and crash it: bind to loopback unless the network is trusted.
+    `names` as ggml has them; none offers the processor. `n_threads` compute on the processor. Weights that clients send
+    are kept in `cache`, so that they need not be sent again. Returns, and says why on stderr, where the address cannot
+    be had. Whoever can reach the port can use and crash this process: bind to loopback unless the network is trusted.
     """
     start = ctypes.CFUNCTYPE(
         None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
     )(_rpc_function("ggml_backend_rpc_start_server"))
-    cpu = function("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)(0)
-    start(endpoint.encode(), None, n_threads, 1, (ctypes.c_void_p * 1)(cpu))
+    by_name = function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
+    pointers = [by_name(name.encode()) for name in names or ("CPU",)]
+    folder = str(cache).encode() if cache is not None else None
+    start(endpoint.encode(), folder, n_threads, len(pointers), (ctypes.c_void_p * len(pointers))(*pointers))
+
+
+def require_rpc() -> None:
+    """Raises EngineError where the build has no RPC backend."""
+    if not native.supports_rpc():
+        raise EngineError("this build of llama-cpp-python has no RPC backend; run `make setup` again")
 
 
 def _rpc_function(name: str) -> int:
-    if not native.supports_rpc():
-        raise EngineError("this build of llama-cpp-python has no RPC backend; run `make setup` again")
+    require_rpc()
     registry = function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC")
     find = function("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
     address: int = find(registry, name.encode())
     return address
-
-
-def _check_answers(server: str) -> None:
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal():
-        raise EngineError(f"{server!r} is not host:port of a llama.cpp RPC server")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise EngineError(
-            f"no llama.cpp RPC server answers at {server} ({error.strerror or error}); start one there"
-        ) from None

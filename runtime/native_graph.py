@@ -9,12 +9,9 @@ Source: ggml/include/ggml.h and `ggml_backend_sched_compute_splits` of ggml/src/
 """
 
 import ctypes
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import EngineError
 from runtime.ggml import GgmlType
+from runtime.interrupts import Interrupts
 from runtime.native import function, lib
 from runtime.wheel import VERSION as WHEEL_VERSION
 
@@ -252,7 +250,7 @@ class Watch:
         self._observer = observer
         self._on_failure = on_failure
         self._failure: BaseException | None = None
-        self._interrupts: list[tuple[int, FrameType | None]] = []
+        self._interrupts = Interrupts(on_failure)
         self.callback: Any = lib.ggml_backend_sched_eval_callback(self._call)  # a reference: C keeps the pointer alone
 
     def _call(self, address: int, ask: bool, _: object) -> bool:
@@ -270,31 +268,14 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """To decode in. At its end it raises what the observer raised, or lets Ctrl-C do what it does elsewhere.
-
-        Python raises KeyboardInterrupt wherever it is. At the start of a callback nothing can catch it, and C takes an
-        answer that was never given. So it is held back until C has returned.
-        """
-        self._failure, self._interrupts = None, []
-        handler = signal.getsignal(signal.SIGINT)
-        held = callable(handler) and threading.current_thread() is threading.main_thread()
-        if held:
-            signal.signal(signal.SIGINT, self._interrupt)
-        try:
+        """To decode in. At its end it raises what the observer raised, or lets Ctrl-C do what it does elsewhere."""
+        self._failure = None
+        with self._interrupts.held():
             yield
-        finally:
-            if held:
-                signal.signal(signal.SIGINT, handler)
-        if self._interrupts and callable(handler):
-            handler(*self._interrupts[0])
         if self._failure is not None:
             raise self._failure
 
     @property
     def stopped(self) -> bool:
         """Whether the last decode was to end early: for an exception, or Ctrl-C."""
-        return self._failure is not None or bool(self._interrupts)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts.append((number, frame))
-        self._on_failure()
+        return self._failure is not None or self._interrupts.came

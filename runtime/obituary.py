@@ -30,6 +30,8 @@ _OUT_OF_MEMORY = (
     "can't start new thread",
 )
 
+_RPC_FAILED = "Remote RPC server"  # llama.cpp 0c1e57098, ggml-rpc.cpp
+
 _AGAIN = "it can be started again"
 _SMALLER = "take a smaller level, --context or --kv, or end other programs"
 _DOCTOR = f"{_AGAIN}, and `bise doctor` tests the engine"
@@ -60,9 +62,13 @@ class Death:
     """Where memory ran out meanwhile: `cgroup`, `machine`, or "" for neither; None where that cannot be known."""
     log: Path | None = None
     """The whole log."""
+    gone: tuple[str, ...] = ()
+    """RPC servers whose devices it used and that do not answer any more."""
+    again: str = _AGAIN
+    """What can be done where nothing needs to be changed."""
 
 
-def obituary(death: Death) -> str:
+def obituary(death: Death, who: str = "the engine's process") -> str:
     """One line: how, why, the last words, what to do, and where the log is."""
     words = last_words(death.said)
     cause, remedy = _cause(death, words)
@@ -72,7 +78,7 @@ def obituary(death: Death) -> str:
     if words:
         end += f": {words}"
     log = f" (log: {death.log})" if death.log is not None else ""
-    return f"the engine's process {end}; {remedy}{log}"
+    return f"{who} {end}; {remedy.replace(_AGAIN, death.again)}{log}"
 
 
 def rebuild() -> str:
@@ -103,6 +109,9 @@ def _cause(death: Death, words: str) -> tuple[str, str]:
     """What lies behind the exit status ("" where nothing is known), and what to do."""
     if any(sign in words for sign in _OUT_OF_MEMORY):
         return "out of memory", _SMALLER
+    if words.startswith(_RPC_FAILED):
+        servers = ", ".join(death.gone) or "an RPC server"
+        return f"{servers} failed", f"start `bise worker` there again, or leave it out of --rpc; {_AGAIN}"
     if death.code >= 0:
         return "", _DOCTOR
     name = _signal_name(-death.code)

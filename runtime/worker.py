@@ -9,6 +9,7 @@ one can then be started. No process is left behind: it ends with its owner (engi
 import contextlib
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from time import monotonic
 
 from runtime.engine_log import EngineLog
 from runtime.errors import WorkerDiedError
-from runtime.events import Command, Event, Heartbeat, Quit, Silent
+from runtime.events import Command, Event, Heartbeat, Load, Quit, Silent
 from runtime.memory_watch import OomKills
 from runtime.obituary import Death, obituary
+from runtime.rpc_address import unanswered
 
 # -P: a folder called `runtime` in the user's working directory must not be imported instead of ours.
 COMMAND = (sys.executable, "-P", "-m", "runtime.engine_process")
@@ -56,6 +58,7 @@ class Worker:
         self._writer.start()
         weakref.finalize(self, self._outbox.put, None)  # dropped unclosed, it lets go of the socket: the process ends
         self._oom_kills = OomKills.seen_by(self.pid)
+        self._rpc_servers: tuple[str, ...] = ()
         self._receiving = threading.Lock()
         self._last_sign = monotonic()
         self._silent = False
@@ -73,6 +76,8 @@ class Worker:
         if not self.is_alive():
             raise self._died()
         self._oom_kills = OomKills.seen_by(self.pid)
+        if isinstance(command, Load):
+            self._rpc_servers = command.settings.rpc_servers
         self._outbox.put(command)
 
     def receive(self) -> Event:
@@ -172,7 +177,8 @@ class Worker:
             return WorkerDiedError("the engine was closed")
         if self._ended_for is not None:
             return WorkerDiedError(f"the engine's process {self._ended_for} and was ended; it can be started again")
-        death = Death(code, self._log.tail(), self._oom_kills.verdict(), self._log.path)
+        gone = unanswered(self._rpc_servers) if code == -signal.SIGABRT else ()
+        death = Death(code, self._log.tail(), self._oom_kills.verdict(), self._log.path, gone)
         return WorkerDiedError(obituary(death), -code if code < 0 else None)
 
 

@@ -1,10 +1,11 @@
-"""llama.cpp RPC devices on loopback: processes that stand in for GPUs.
+"""Devices of `bise worker` on loopback: processes that stand in for GPUs.
 
 A device stays registered with ggml until its process ends, so whatever uses these runs in a process of its own: a
 `Worker`, or `apart`.
 """
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -16,15 +17,13 @@ from typing import ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# The server ends with its owner, however that ends: when its standard input closes.
-_SERVE = """
-import os, sys, threading
-from runtime.native_devices import serve_rpc
-def end_with_owner():
-    sys.stdin.read()
-    os._exit(0)
-threading.Thread(target=end_with_owner, daemon=True).start()
-serve_rpc(sys.argv[1], n_threads=1)
+# It ends with its owner, however that ends.
+_WORKER = """
+import sys
+from runtime.ending import end_with
+from tui.cli import main
+end_with(int(sys.argv[1]))
+sys.exit(main(["worker", "--host", sys.argv[2], "--port", sys.argv[3], "--threads", "1"]))
 """
 
 
@@ -32,10 +31,10 @@ serve_rpc(sys.argv[1], n_threads=1)
 def rpc_servers(n: int) -> Iterator[tuple[str, ...]]:
     """host:port of `n` devices that answer."""
     with contextlib.ExitStack() as stack:
-        endpoints = tuple(f"127.0.0.1:{port}" for port in _free_ports(n))
-        processes = [stack.enter_context(_server(endpoint)) for endpoint in endpoints]
+        endpoints = tuple(f"127.0.0.1:{port}" for port in free_ports(n))
+        processes = [stack.enter_context(worker_process(endpoint)) for endpoint in endpoints]
         for endpoint, process in zip(endpoints, processes, strict=True):
-            _wait_until_it_answers(endpoint, process)
+            wait_until_it_answers(endpoint, process)
         yield endpoints
 
 
@@ -45,7 +44,7 @@ def apart(function: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs)
         return pool.submit(function, *arguments, **options).result()
 
 
-def _free_ports(n: int) -> list[int]:
+def free_ports(n: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
         for each in sockets:
@@ -54,22 +53,20 @@ def _free_ports(n: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _server(endpoint: str) -> Iterator["subprocess.Popen[bytes]"]:
+def worker_process(endpoint: str) -> Iterator["subprocess.Popen[str]"]:
+    """`bise worker`, which may not answer yet."""
+    arguments = [str(os.getpid()), *endpoint.split(":")]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _SERVE, endpoint],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-P", "-c", _WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdin is not None
-    try:
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait()
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
-def _wait_until_it_answers(endpoint: str, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_it_answers(endpoint: str, process: "subprocess.Popen[str]") -> None:
     host, _, port = endpoint.rpartition(":")
     while process.poll() is None:
         try:

@@ -142,7 +142,10 @@ def test_one_thread_serves_where_every_layer_is_on_a_device(demo: Path, servers:
 @pytest.mark.parametrize(
     ("server", "message"),
     [
-        ("127.0.0.1:1", r"no llama\.cpp RPC server answers at 127\.0\.0\.1:1 \(Connection refused\); start one there"),
+        (
+            "127.0.0.1:1",
+            r"no llama\.cpp RPC server answers at 127\.0\.0\.1:1 \(Connection refused\); start `bise worker` there",
+        ),
         (
             "no-such-host.invalid:50052",
             r"no llama\.cpp RPC server answers at no-such-host\.invalid:50052 \(.+\); start",

@@ -13,7 +13,6 @@ from runtime.events import EngineSettings, Event, Failed, Finished, Load, Loaded
 from runtime.messages import Message
 from runtime.worker import Worker
 from tests.checkpoints import DEMO
-from tests.rpc import rpc_servers
 
 LONG = Message("user", (DEMO.parent / "eval" / "prose.txt").read_text(encoding="utf-8")[:6000])
 GREEDY = Sampling(temperature=0.0)
@@ -105,19 +104,6 @@ def test_a_bug_is_told_with_the_end_of_its_traceback(loaded: Worker) -> None:
     loaded.send("not a command")  # type: ignore[arg-type]
     with pytest.raises(WorkerDiedError, match="ended with exit code 1: AttributeError: 'str' object has no attribute"):
         loaded.receive()
-
-
-def test_a_failed_assertion_of_llama_cpp_is_told_in_its_words(worker: Worker, demo: Path) -> None:
-    """A device that vanishes is one: llama.cpp gives up where an RPC server it needs has gone."""
-    with rpc_servers(1) as servers:
-        worker.send(load(demo, rpc_servers=servers))
-        last = list(events(worker))[-1]
-        assert isinstance(last, Loaded), last
-    worker.send(Reply((Message("user", "Define a horse."),)))
-    with pytest.raises(WorkerDiedError) as error:
-        list(events(worker))
-    assert str(error.value).startswith("the engine's process ended by SIGABRT (llama.cpp gave up): Remote RPC server ")
-    assert "\n" not in str(error.value)
 
 
 def test_an_interrupt_while_waiting_leaves_the_process_as_it_was(loaded: Worker) -> None:

@@ -12,9 +12,25 @@ from collections.abc import Sequence
 
 from runtime import __version__
 from runtime.errors import UserError
-from tui.verbs import ask, chat, doctor, imatrix, models, perplexity, plan, prompt, pull, quantize, recipe, verify
+from tui.verbs import (
+    ask,
+    chat,
+    doctor,
+    imatrix,
+    models,
+    perplexity,
+    plan,
+    prompt,
+    pull,
+    quantize,
+    recipe,
+    verify,
+    worker,
+)
 
-_VERBS = (pull, imatrix, recipe, quantize, verify, perplexity, chat, ask, prompt, models, plan, doctor)
+_VERBS = (pull, imatrix, recipe, quantize, verify, perplexity, chat, ask, prompt, worker, models, plan, doctor)
+_GUARDED = (imatrix, recipe, perplexity)
+"""Have llama.cpp compute, in their own process."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +50,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def program() -> int:
+    """`bise`: as `main`, with verbs that compute in this process put in a child, whose death is told in one line."""
+    parsed = parser().parse_args()
+    if parsed.run in [verb.run for verb in _GUARDED]:
+        from tui.guard import guarded
+
+        return guarded(lambda: _run(parsed))
+    return _run(parsed)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `bise` with these arguments (the process's own by default) and return the exit code."""
-    parsed = parser().parse_args(arguments)
+    """Run `bise` with these arguments (by default the process's own) in this process, and return the exit code."""
+    return _run(parser().parse_args(arguments))
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()
@@ -54,4 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

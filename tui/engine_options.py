@@ -114,9 +114,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_settings(arguments: argparse.Namespace, file: ModelFile) -> EngineSettings:
-    """Raises EngineError for a setting outside its range, CatalogueError for a size or draft model that is none."""
-    n_ctx = file.context if arguments.context is None else arguments.context
+def engine_settings(arguments: argparse.Namespace, file: ModelFile | None) -> EngineSettings:
+    """`file` says how much context to begin with, where the verb has no default of its own.
+
+    Raises EngineError for a setting outside its range, CatalogueError for a size or draft model that is none.
+    """
+    n_ctx = file.context if file is not None and arguments.context is None else arguments.context
     if n_ctx < 1:
         raise EngineError(f"--context {n_ctx} is not a number of tokens")
     if arguments.threads is not None and arguments.threads < 1:

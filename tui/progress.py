@@ -60,7 +60,9 @@ class ProgressLine:
         import shutil
 
         line = line[: shutil.get_terminal_size().columns - 1]
-        self._stream.write("\r" + line.ljust(self._width))
+        padded = line.ljust(self._width)
+        self._width = len(padded)  # before it is written: Ctrl-C may come in between
+        self._stream.write("\r" + padded)
         self._stream.flush()
         self._width = len(line)
 

@@ -15,18 +15,18 @@ HELP = "what each level costs in quality, speed and size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tui.engine_options import add_engine_arguments
+
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="a name or a file (default: demo)")
     parser.add_argument("--levels", default="all", help="default: all on disk; BF16, the base, comes with them")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where levels lie (default: the user's data folder)")
     parser.add_argument("--texts", default="prose,code,definitions", help="bundled names or UTF-8 files, with commas")
-    parser.add_argument("--context", type=int, default=512, metavar="TOKENS", help="length of a chunk (default: 512)")
     parser.add_argument("--chunks", type=int, metavar="N", help="only the first N chunks of each text (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the report (default: the user's data folder)")
-    parser.add_argument("--kv", default="f16", metavar="TYPE", help="KV cache type (default: f16)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
     parser.add_argument("--keep-base", action="store_true", help="keep the base's log-probabilities for later runs")
     parser.add_argument("--force", action="store_true", help="begin anew, whatever the result file holds")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    add_engine_arguments(parser, context=512)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     from quant.quality.trial import Trial
     from runtime import library
     from runtime.errors import OutputError
-    from runtime.events import EngineSettings
     from runtime.levels import ORIGINAL
     from runtime.scoring import ScoringEngine
+    from tui.engine_options import engine_settings
     from tui.progress import ProgressLine
 
     with ProgressLine("measuring") as line:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             model=name,
             levels=levels,
             texts=tuple(read_text(text) for text in arguments.texts.split(",") if text),
-            settings=EngineSettings(n_ctx=arguments.context, kv_type=arguments.kv, n_threads=arguments.threads),
+            settings=engine_settings(arguments, None),
             out=out / f"{name}.json",
             base=ORIGINAL if any(file.level == ORIGINAL for file in levels) else None,
             max_chunks=arguments.chunks,

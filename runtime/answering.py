@@ -125,7 +125,7 @@ class Answerer:
             answering = time.monotonic()
             # Kernels round otherwise for several tokens than for one, and a seed is given to repeat an answer exactly.
             drafting = reply.sampling.seed is None
-            grammar = plan.grammar if plan.reader.in_calls else reply.grammar
+            grammar = plan.grammars.get(plan.reader.place, reply.grammar)
             sampling = self._engine.start_sampling(reply.sampling, grammar, drafting=drafting, forbidden=plan.forbidden)
             reason, n_answer, first = self._draw(reply, plan, emit)
         except AbortedError:  # while the prompt was read
@@ -183,12 +183,13 @@ class Answerer:
                 reason = "end"
                 break
             n_answer += 1
-            held = reader.in_calls
+            before = reader.place
             tell(reader.read(token, piece, n_answer))
-            if reader.in_calls:
-                tell([""] if drawn else [])
-            if reader.in_calls != held and not plan.once:
-                engine.hold_to(None if held else plan.grammar, reader.behind_opening)
+            if reader.place == "calls" and drawn:
+                tell([""])
+            if reader.place != before:
+                begun = reader.behind_opening if reader.place == "calls" else ""
+                engine.hold_to(plan.grammars.get(reader.place), begun)
             if n_answer == reply.sampling.max_tokens:
                 reason = "length"
             elif not engine.has_room():

@@ -23,6 +23,13 @@ def call_grammar(form: CallForm, tools: Sequence[Tool], ids: Sequence[str]) -> G
         return _grammar(form, tools, ids, {})
 
 
+def behind_grammar(form: CallForm, *, more: bool) -> Grammar:
+    """The grammar of what may stand behind a call outside a list: white space, and the opening of `more`."""
+    closing = "" if form.closing_token is None else f"<[{form.closing_token}]>? "
+    opening = literal(form.opening) if form.token is None else f"<[{form.token}]>"
+    return Grammar(f"root ::= {closing}[ \\n]{{0,3}}{f' {opening}?' if more else ''}")
+
+
 def unheld(tool: Tool) -> str | None:
     """Why no grammar can hold to the tool's schema; None where one can."""
     return _unheld(tool.parameters)

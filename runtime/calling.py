@@ -3,20 +3,22 @@
 - `none`: the tools are told of, and the opening of calls is forbidden where it is one token; else it stays text.
 - `auto`: text, until the model writes the opening; from there on the grammar of the calls holds, up to their end.
 - `any` and a named tool: the opening is put behind the prompt, and the grammar holds from the first token on. A named
-  tool is called once; of Hermes's form, further calls and text may follow the first call with `any`.
+  tool is called once.
+
+Behind a call only further calls may come, or the end: text there would be a guess at its result.
 
 Pure; engine.py carries it out, one token after the other.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
 
-from runtime.call_grammar import call_grammar, unheld
-from runtime.calls import AnswerReader, CallForm, made_up_ids
+from runtime.call_grammar import behind_grammar, call_grammar, unheld
+from runtime.calls import AnswerReader, CallForm, Place, made_up_ids
 from runtime.errors import EngineError
 from runtime.events import Reply
 from runtime.grammar import Grammar
@@ -33,10 +35,8 @@ class Calling:
     """How one answer is read and drawn."""
 
     reader: AnswerReader
-    grammar: Grammar | None = None
-    """Of the calls, while the reader is in them; None where there can be none."""
-    once: bool = False
-    """Behind the calls the answer ends."""
+    grammars: Mapping[Place, Grammar] = field(default_factory=dict)
+    """What holds while the reader is there; nowhere else."""
     opening: tuple[int, ...] = ()
     """Tokens that stand behind the prompt, so that the answer begins with calls."""
     forbidden: tuple[int, ...] = ()
@@ -75,10 +75,12 @@ def calling(reply: Reply, form: CallForm | None, ids: Sequence[int], vocabulary:
     made_up = made_up_ids(secrets.token_hex() if seed is None else sha256(f"{seed} {list(ids)}".encode()).hexdigest())
     opening = (form.token,) if form.token is not None else tuple(vocabulary.tokenize(form.opening))
     first = list(islice(made_up, 1 if once else MOST_CALLS))
+    grammars: dict[Place, Grammar] = {"calls": call_grammar(form, named, first)}
+    if not form.is_list:
+        grammars["behind"] = behind_grammar(form, more=not once)
     return Calling(
         AnswerReader(form, chain(first, made_up), opened=choice != "auto"),
-        call_grammar(form, named, first),
-        once,
+        grammars,
         () if choice == "auto" else opening,
         check=partial(call_fault, {tool.name: argument_check(tool.parameters) for tool in tools}),
         notices=tuple(notice for tool in tools if (notice := _notice(tool))),

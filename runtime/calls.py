@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
+from typing import Literal
 
 from runtime.call_text import CallText, after_space
 from runtime.events import CallPiece
@@ -37,6 +38,12 @@ class CallForm:
     """Behind the opening comes a JSON list of all calls, and not an object."""
     closing: str = ""
     """The text behind each call; empty also where it is a control token, which is no text."""
+    closing_token: int | None = None
+    """That control token."""
+
+
+Place = Literal["text", "calls", "behind"]
+"""In text before all calls, in a call or a list of them, or behind a call where the next may follow."""
 
 
 def made_up_ids(salt: str) -> Iterator[str]:
@@ -80,10 +87,12 @@ class AnswerReader:
             self._open("")
 
     @property
-    def in_calls(self) -> bool:
-        """Whether a call is to go on, or a list of calls: behind a list nothing else comes."""
-        outside = (self._text,) if self._form is not None and self._form.is_list else (self._text, self._between)
-        return self._state not in outside
+    def place(self) -> Place:
+        """Where the next token will stand. Behind a list of calls nothing is to come; it counts as the list's."""
+        if self._state == self._text:
+            return "behind" if self._calls else "text"
+        is_list = self._form is not None and self._form.is_list
+        return "behind" if self._state == self._between and not is_list else "calls"
 
     def read(self, token: int, piece: bytes, n_tokens: int) -> list[str | CallPiece]:
         """What the next token, the `n_tokens`th, adds: text of whole characters, and pieces of calls."""

@@ -66,8 +66,9 @@ class TemplatePrompter:
         self.calls: CallForm | None = None
         """Those of Hermes, as JSON; some templates write the same tags around calls in XML."""
         if _OPENING in template and "<function=" not in template:
-            is_control = self._ids.get(_CLOSING) in self._controls
-            self.calls = CallForm(_OPENING, self._ids.get(_OPENING), closing="" if is_control else _CLOSING)
+            closing = self._ids.get(_CLOSING) if self._ids.get(_CLOSING) in self._controls else None
+            text = _CLOSING if closing is None else ""
+            self.calls = CallForm(_OPENING, self._ids.get(_OPENING), closing=text, closing_token=closing)
 
     @property
     def marks_turns_by_text(self) -> bool:

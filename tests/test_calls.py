@@ -86,7 +86,7 @@ def pieces(vocabulary: Vocabulary, ids: Sequence[int]) -> list[Token]:
 
 
 @given(CALLS, st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @example([("f", {"text": text}) for text in HOSTILE], False)
 def test_what_mistral_common_encodes_is_read_back(wanted: list[tuple[str, dict[str, Any]]], v7: bool) -> None:
     version = 7 if v7 else 3
@@ -118,6 +118,9 @@ def test_text_that_spells_the_token_stays_text() -> None:
 
 
 # Any split
+
+
+F = '{"name": "f", "arguments": {}}'
 
 
 @st.composite
@@ -154,7 +157,7 @@ def answers(draw: st.DrawFn) -> tuple[CallForm, list[Token], str, list[tuple[str
 
 
 @given(answers())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_split_gives_text_and_calls(answer: tuple[CallForm, list[Token], str, list[tuple[str, str]]]) -> None:
     form, written, before, calls = answer
     text, found = read(form, written)
@@ -167,6 +170,14 @@ def test_byte_by_byte_is_as_at_once() -> None:
     expected = read(LIST, tokens(OPENING, text))
     assert read(LIST, tokens(OPENING, *(bytes([byte]) for byte in text.encode()))) == expected
     assert [call.name for call in expected[1]] == ["f", "g"]
+
+
+def test_a_tag_that_is_a_token_is_text_within_a_call() -> None:
+    """As Qwen's is, of type user-defined: whoever asks for its name gets it."""
+    tag = (OPENING, b"<tool_call>")
+    answer = [tag, *tokens('{"name": "f", "arguments": {"a": "'), tag, *tokens('"}}</tool_call>'), tag, *tokens(F)]
+    _, calls = read(TAG_TOKENS, answer)
+    assert [call.arguments for call in calls] == ['{"a": "<tool_call>"}', "{}"]
 
 
 def test_arguments_come_as_they_are_written() -> None:
@@ -206,9 +217,6 @@ def test_made_up_ids_are_repeated_by_their_salt_alone() -> None:
 
 
 # Malformed
-
-
-F = '{"name": "f", "arguments": {}}'
 
 
 @pytest.mark.parametrize(
@@ -287,7 +295,7 @@ SOUP = st.lists(
 
 
 @given(st.sampled_from(FORMS), SOUP, st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_whatever_comes_is_taken(form: CallForm, soup: list[str | bytes | int], opened: bool) -> None:
     read(form, tokens(*soup), opened=opened)
 
@@ -299,7 +307,7 @@ def test_without_a_form_all_is_text() -> None:
 # Long
 
 
-@pytest.mark.parametrize("inside", ["abc ", "[[[]]]", '"\\"', "{},", "]}"])
+@pytest.mark.parametrize("inside", ["abc ", "[[[]]]", '"\\"'])
 def test_work_grows_with_the_length_alone(inside: str) -> None:
     def answer(n: int) -> list[Token]:
         quoted = json.dumps(inside * n)
@@ -317,14 +325,14 @@ def test_work_grows_with_the_length_alone(inside: str) -> None:
 
         return function_calls(read_it)
 
-    assert work(4000) < 4.2 * work(1000)
+    assert work(1600) < 4.2 * work(400)
 
 
 def test_a_megabyte_of_arguments_in_one_token_or_many() -> None:
     text = json.dumps({"a": ["x" * 500, {}] * 2000})
     assert len(text) > 1_000_000
     whole = f'[{{"name": "f", "arguments": {text}}}]'
-    for n in (len(whole), 5):
+    for n in (len(whole), 20):
         _, (call,) = read(LIST, tokens(OPENING, *(whole[i : i + n] for i in range(0, len(whole), n))))
         assert call.arguments == text
 

@@ -37,6 +37,7 @@ GOOD = [
     'root ::= "é🙂" [à-ü]',
     'root ::= "a"{0} "b"{2000}',
     'root ::=\n "a"',
+    'root ::= both*\nboth ::= a b\na ::= "x"?\nb ::= "y"',
 ]
 
 BOTH_REFUSE = [

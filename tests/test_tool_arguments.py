@@ -17,6 +17,7 @@ from runtime.events import EngineSettings
 from runtime.json_schema import grammar_of
 from runtime.messages import Tool
 from runtime.native import Model, Vocabulary
+from runtime.native_grammar import NativeGrammar
 from runtime.native_sampling import Sampler
 from runtime.sampling import Sampling
 from runtime.tool_arguments import ArgumentCheck, call_fault
@@ -59,6 +60,13 @@ def test_what_is_wrong_with_arguments_is_told(schema: dict[str, Any], arguments:
     assert (told is None) == (fault is None), told
     assert (fault or "") in (told or "")
     assert len(told or "") <= 300
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonschema's, before it reads
+def test_nothing_that_a_schema_names_is_read(tmp_path: Path) -> None:
+    other = tmp_path / "schema.json"
+    other.write_text('{"required": ["a"]}', encoding="utf-8")
+    assert check(**{"$ref": other.as_uri()}).fault("{}") is None
 
 
 def test_what_is_told_is_cut() -> None:
@@ -183,6 +191,14 @@ def test_whatever_the_logits_calls_are_valid(form: CallForm, names: list[str], v
     assert found >= 3
 
 
+def test_a_list_has_as_many_calls_as_there_are_ids(vocabulary: Vocabulary) -> None:
+    call = '{"name": "none", "arguments": {}}'
+    for n in range(1, 5):
+        grammar = NativeGrammar(call_grammar(LIST, TOOLS, ["a", "b", "c"]), vocabulary)
+        assert grammar.accept_text(f"[{', '.join([call] * n)}]") == (n <= 3)
+        grammar.close()
+
+
 def test_only_what_no_grammar_holds_is_left_to_the_check() -> None:
     assert [name for name, tool in zip(SCHEMAS, TOOLS, strict=True) if unheld(tool)] == ["pattern", "faulty"]
     assert "'pattern' is not a keyword that a grammar can hold" in (unheld(TOOLS[4]) or "")
@@ -192,7 +208,7 @@ def test_only_what_no_grammar_holds_is_left_to_the_check() -> None:
 
 
 def test_tools_that_are_too_much_together_are_left_to_the_check() -> None:
-    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2500)}}
+    schema = {"type": "object", "properties": {"a": {"const": "a" * 510_000}}}
     tools = [Tool(f"tool{i}", "", json.dumps(schema)) for i in range(2)]
     assert grammar_of(schema)
     assert not unheld(tools[0])

@@ -89,6 +89,7 @@ class Answer:
     def __init__(self, events: Sequence[Event]) -> None:
         self.text = "".join(event.text for event in events if isinstance(event, Piece))
         self.pieces = [event for event in events if isinstance(event, CallPiece)]
+        self.most_drawn = max((len(event.drawn) for event in events if isinstance(event, Piece)), default=0)
         self.drawn = [one.token.id for event in events if isinstance(event, Piece) for one in event.drawn]
         self.notices = [event.text for event in events if isinstance(event, Notice)]
         end = events[-1]
@@ -126,12 +127,14 @@ SAMPLINGS = [GREEDY, *(Sampling(temperature=t, seed=3, top_p=1.0) for t in (0.7,
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.temperature} {s.mirostat}")
 def test_a_named_tool_is_called_once_with_valid_arguments(sampling: Sampling, answerer: Answerer) -> None:
+    n_prompt = ask(answerer, sampling=Sampling(max_tokens=1), tool_choice="none").end.prompt_tokens
     for name in SCHEMAS:
         answer = ask(answerer, sampling=sampling, tool_choice=NamedTool(name))
         (call,) = answer.calls
         assert call.name == name
         assert_valid(call)
         assert (answer.end.reason, answer.text) == ("calls", "")
+        assert answer.end.prompt_tokens == n_prompt + 1, "the opening is part of it"
         assert answer.end.sampling.startswith("grammar → ")
 
 
@@ -223,6 +226,7 @@ def test_log_probabilities_tell_every_token_of_calls(answerer: Answerer) -> None
         answer = ask(answerer, sampling=sampling, tool_choice=choice, logprobs=2)
         assert len(answer.drawn) == answer.end.answer_tokens + (answer.end.reason == "calls")
         assert (answer.drawn[0] == CALLS) == (choice == "auto")
+        assert answer.most_drawn == 1
 
 
 # Ends

@@ -11,7 +11,8 @@ put between by id. What reaches the model is the text as written, with these exc
 - v3 reads a tool's result as JSON, where it is some.
 - v1 has no tools, and no control tokens but `<s>` and `</s>`: there `[INST]` is plain text, and a user can write it.
 
-Ours is one: v3 has no reply with both text and calls, so the text is left out, as Mistral's own template does.
+Ours are two: v3 has no reply with both text and calls, so the text is left out, as Mistral's own template does. And an
+empty user message stands in front of a conversation that begins with calls, which mistral-common would not count.
 
 SentencePiece puts a dummy space in front of each piece of text. A reply that was stopped is closed by `</s>` as in
 training. Not here: v2 (of early 2024, with one result of a tool at most); v15, whose files hold settings that Bise does
@@ -29,6 +30,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import Tokenized
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.utils.json_utils import validate_json_schema_by_draft7
 
 from runtime.calls import CallForm
 from runtime.conversation import as_json, functions, in_openai_form, settled, short_ids
@@ -71,10 +73,14 @@ class MistralPrompter:
         told = settled(messages)
         if self._kind == "mistral-v1" and (tools or any(message.calls for message in told)):
             raise EngineError("the prompt format mistral-v1 has no tools and no calls of them; ask without")
+        if told[0].calls:
+            told.insert(0, Message("user", ""))
         turns = in_openai_form(told)
         if self._kind in _V3:
             turns = list(map(_as_v3_takes_it, turns))
-        return self._ids(turns, functions(tools), continued=told[-1].role == "assistant")
+        defined = functions(tools)
+        _check_schemas(defined)
+        return self._ids(turns, defined, continued=told[-1].role == "assistant")
 
     def transcribe(self, transcript: Transcript) -> list[int]:
         """Ids of a whole conversation, as mistral-common gives them: tools stand before the last user message.
@@ -88,16 +94,32 @@ class MistralPrompter:
         try:
             request = ChatCompletionRequest.from_openai(turns, tools=tools or None, continue_final_message=continued)
             return list(self._tokenizer.encode_chat_completion(request).tokens)
-        # A ValueError of pydantic's, which checks the fields, or a schema of a tool that is nested too deeply.
+        # A ValueError is pydantic's, which checks the fields.
         except (MistralCommonException, ValueError, RecursionError) as error:
             raise _refusal(error) from error
 
 
 def _refusal(error: Exception) -> EngineError:
     return EngineError(
-        f"Mistral's prompt format cannot express this conversation: {' '.join(str(error).split())}; "
-        "remove or reorder messages"
+        f"Mistral's prompt format cannot express this conversation: {_one_line(error)}; remove or reorder messages"
     )
+
+
+def _check_schemas(tools: Sequence[Mapping[str, Any]]) -> None:
+    """mistral-common checks them too, without a word on which tool it is."""
+    for tool in tools:
+        try:
+            validate_json_schema_by_draft7(tool["function"]["parameters"])
+        except (ValueError, RecursionError) as error:
+            raise EngineError(
+                f"the parameters of the tool {tool['function']['name']!r} are no JSON schema: {_one_line(error)}; "
+                "correct them"
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _as_v3_takes_it(turn: dict[str, Any]) -> dict[str, Any]:

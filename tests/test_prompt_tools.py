@@ -278,11 +278,22 @@ def test_tools_that_are_none_are_refused(tool: Tool, named: str) -> None:
             format_.encode([USER], [tool])
 
 
-def test_a_schema_that_mistral_common_refuses_is_one_line() -> None:
-    for parameters in ('{"type": "nothing"}', '{"items":' * 400 + "{}" + "}" * 400):
+def test_a_schema_that_mistral_common_refuses_names_its_tool() -> None:
+    for parameters in ('{"type": "nothing"}', '{"items":' * 400 + "{}" + "}" * 400, '{"title": [' + "1," * 999 + "1]}"):
         for _, format_ in formats():
-            with pytest.raises(EngineError, match=r"^Mistral's prompt format cannot express [^\n]*$"):
-                format_.encode([USER], [Tool("f", "", parameters)])
+            told = r"^the parameters of the tool 'g' are no JSON schema: [^\n]{,301}; correct them$"
+            with pytest.raises(EngineError, match=told):
+                format_.encode([USER], [WEATHER, Tool("g", "", parameters)])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mistral-v1", "template")])
+def test_a_conversation_may_begin_with_calls(kind: str) -> None:
+    """As where a client leaves out what is old. mistral-common does not count the calls of a first message."""
+    format_, vocabulary, _ = mistral_format(kind)
+    talk = [CALLS, WARM, COLD, Message("assistant", "Yes."), Message("user", "Thanks.")]
+    ids = format_.encode(talk)
+    assert ids == format_.encode([Message("user", ""), *talk])
+    assert [vocabulary.text(token) for token in ids[:4]] == ["<s>", "[INST]", "[/INST]", "[TOOL_CALLS]"]
 
 
 @pytest.mark.parametrize(

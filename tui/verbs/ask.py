@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tui import each
 from tui.choose import add_model_arguments
 from tui.engine_options import add_engine_arguments, add_sampling_arguments
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_engine_arguments(parser)
     add_sampling_arguments(parser)
+    each.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,20 +46,24 @@ def run(arguments: argparse.Namespace) -> int:
     from tui.units import gigabytes
     from tui.widgets.printable import printable
 
-    question = _question(arguments.question)
-    if not question.strip():
+    each.check(arguments)
+    question = _question(arguments.question) if arguments.each is None else ""
+    if arguments.each is None and not question.strip():
         raise EngineError('nothing to ask; write it behind `bise ask`, as in: bise ask "Why is the sky blue?"')
     if arguments.logprobs is not None and not arguments.json:
         raise EngineError("--logprobs are told as JSON; add --json")
     if arguments.logprobs is not None and arguments.logprobs < 0:
         raise EngineError(f"--logprobs {arguments.logprobs} is not a number of tokens")
     grammar = _grammar(arguments)
-    with ProgressLine("loading") as line:
+    with ProgressLine("loading" if arguments.each is None else "answering") as line:
         choice = choose(arguments.model, arguments.level, arguments.models, line.say)
         if choice.notice:
             line.say(choice.notice)
         sampling = presets(arguments, choice.file)[arguments.preset]
-        session = Session(choice.file.load(engine_settings(arguments, choice.file)))
+        load = choice.file.load(engine_settings(arguments, choice.file))
+        if arguments.each is not None:
+            return each.run(arguments, load, sampling, grammar, line)
+        session = Session(load)
         try:
             for load_event in session.load():
                 if isinstance(load_event, LoadProgress):

@@ -1,0 +1,288 @@
+"""Many questions, one a line of a JSONL file, answered by several engines: `bise ask --each`.
+
+Answers are added to a JSONL file as they come, whole lines at a time, so that a run that was ended by whatever goes on
+where it stopped; when all are there, the file is put in the order of the questions. Each carries a digest of what was
+asked and how, so that answers of other runs are not mixed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from runtime.errors import EngineError, OutputError
+from runtime.messages import Message
+from runtime.openai_form import ConversationError, conversation
+
+if TYPE_CHECKING:
+    from runtime.events import Load
+    from runtime.grammar import Grammar
+    from runtime.pool import Answer
+    from runtime.sampling import Sampling
+    from tui.progress import ProgressLine
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A question of the file."""
+
+    number: int
+    """From 1; of the line, empty ones counted."""
+    id: Any
+    """What the user calls it; None where it has no name."""
+    messages: tuple[Message, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many questions")
+    group.add_argument(
+        "--each",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='each line a question: "…", or {"question": "…"} or {"messages": […]}, with an "id" if you like',
+    )
+    group.add_argument("--out", type=Path, metavar="FILE.jsonl", help="their answers; the same command goes on with it")
+    group.add_argument(
+        "--workers",
+        default="1",
+        metavar="N",
+        help="engines that answer side by side, each with the whole model; per-gpu for one on each GPU (default: 1)",
+    )
+    group.add_argument("--force", action="store_true", help="begin the answers anew")
+
+
+def run(
+    arguments: argparse.Namespace, load: "Load", sampling: "Sampling", grammar: "Grammar | None", line: "ProgressLine"
+) -> int:
+    """Answer them. Raises UserError; 1 where some have no answer."""
+    from runtime.events import LoadProgress, Notice, Silent
+    from runtime.pool import Answer, Pool, Question
+
+    lines = _lines(arguments.each, arguments.system)
+    out = _Out(arguments.out, lines, _digests(lines, load, sampling, grammar), overwrite=arguments.force)
+    todo = [each for each in lines if each.number not in out.answered]
+    if not todo:
+        line.say(f"{out.path} has all {len(lines)} answers")
+        return 0
+    settings = _workers(arguments.workers, load)
+    pool = Pool([replace(load, settings=each) for each in settings])
+    try:
+        for i, event in pool.load():
+            if isinstance(event, LoadProgress):
+                line.show((i + event.fraction) / len(settings), "", event.seconds_left, f"engine {i + 1}")
+            elif isinstance(event, Notice):
+                line.say(f"bise: {event.text}")
+            elif isinstance(event, Silent):
+                line.say(f"bise: no sign of engine {i + 1} for {event.seconds:.0f} s; Ctrl-C ends it")
+        questions = [Question(each.number, each.messages) for each in todo]
+        answers = pool.answers(questions, lambda session, q: session.reply(q.messages, sampling, grammar=grammar))
+        watch = _Watch(line, len(lines), len(lines) - len(todo))
+        n_failed = 0
+        with out, closing(answers):
+            for told in answers:
+                if isinstance(told, Answer):
+                    out.add(told)
+                    watch.saw(told)
+                    n_failed += told.error is not None
+                else:
+                    line.say(f"bise: {told.text}")
+    finally:
+        pool.close()
+    if n_failed:
+        raise EngineError(
+            f"{n_failed} of {len(lines)} have no answer; {out.path} says why, and this command asks again"
+        )
+    out.put_in_order()
+    line.say(f"written: {out.path}, {len(lines)} answers")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises EngineError for options that do not go together."""
+    if arguments.each is None:
+        if arguments.out is not None or arguments.workers != "1" or arguments.force:
+            raise EngineError("--out, --workers and --force go with --each FILE.jsonl")
+        return
+    for name in ("question", "json", "logprobs", "stats", "show_sampling"):
+        if getattr(arguments, name):
+            raise EngineError(
+                f"--each answers the questions of its file and tells all as JSON; leave out {_name(name)}"
+            )
+    if arguments.out is None:
+        raise EngineError("--each wants a file for the answers; name it with --out FILE.jsonl")
+
+
+def _name(argument: str) -> str:
+    return "the question" if argument == "question" else f"--{argument.replace('_', '-')}"
+
+
+def _workers(wanted: str, load: "Load") -> "Sequence[Any]":
+    from runtime.pool import one_per_gpu, side_by_side
+
+    if wanted == "per-gpu":
+        return one_per_gpu(load.settings)
+    if not wanted.isdecimal() or not 0 < int(wanted) <= 64:
+        raise EngineError(f"--workers {wanted} is neither per-gpu nor a number from 1 to 64")
+    return side_by_side(load.settings, int(wanted))
+
+
+def _lines(path: Path, system: str | None) -> list[Line]:
+    """The questions. Raises EngineError with the line that is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EngineError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise EngineError(f"{path}: not text in UTF-8") from None
+    lines = []
+    for number, said in enumerate(text.split("\n"), 1):
+        if said.strip():
+            try:
+                id_, messages = _question(json.loads(said))
+            except (ValueError, RecursionError, ConversationError) as error:
+                raise EngineError(f"{path}, line {number}: {error}") from None
+            if system and messages[0].role != "system":
+                messages = [Message("system", system), *messages]
+            lines.append(Line(number, id_, tuple(messages)))
+    if not lines:
+        raise EngineError(f"{path} holds no question; write one a line, in quotes, as JSON")
+    return lines
+
+
+def _question(value: Any) -> tuple[Any, list[Message]]:
+    id_ = value.get("id") if isinstance(value, dict) else None
+    asked = value["question"] if isinstance(value, dict) and "question" in value else value
+    if isinstance(asked, str):
+        if not asked.strip():
+            raise ConversationError("the question is empty")
+        return id_, [Message("user", asked)]
+    if asked is not value:
+        raise ConversationError("question: text is wanted")
+    messages, tools = conversation(value)
+    if tools:
+        raise ConversationError("tools are not called by --each; leave them out")
+    return id_, messages
+
+
+def _digests(lines: Sequence[Line], load: "Load", sampling: "Sampling", grammar: "Grammar | None") -> dict[int, str]:
+    """Line → a digest of what is asked there, of which model, and how."""
+    file = load.path.stat() if load.path.is_file() else None
+    model = (load.path.name, file.st_size if file else 0, load.prompt, load.settings.n_ctx, load.settings.kv_type)
+    how = repr((model, sampling, grammar.text if grammar is not None else None))
+    return {each.number: hashlib.sha256(f"{how}{each.messages!r}".encode()).hexdigest()[:16] for each in lines}
+
+
+class _Out:
+    """The file of answers. As a context manager it is open for more."""
+
+    def __init__(self, path: Path, lines: Sequence[Line], digests: dict[int, str], *, overwrite: bool) -> None:
+        """Read what is there. Raises OutputError where that is not of these questions and settings."""
+        self.path = path
+        self._ids, self._digests = {each.number: each.id for each in lines}, digests
+        self.answered: dict[int, dict[str, Any]] = {}
+        if path.exists() and not overwrite:
+            self._read()
+        self._write_whole(self.answered.values())
+
+    def __enter__(self) -> "_Out":
+        try:
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            self._fail(error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, answer: "Answer") -> None:
+        """Write one line, whole."""
+        record: dict[str, Any] = {"line": answer.number}
+        if self._ids[answer.number] is not None:
+            record["id"] = self._ids[answer.number]
+        if answer.error is not None or answer.finished is None:
+            record["error"] = answer.error
+        else:
+            end = answer.finished
+            record |= {
+                "answer": answer.text,
+                "reason": end.reason,
+                "prompt_tokens": end.prompt_tokens,
+                "answer_tokens": end.answer_tokens,
+                "seconds": round(end.prompt_seconds + end.answer_seconds, 3),
+                "sampling": end.sampling,
+            }
+        record["asked"] = self._digests[answer.number]
+        if "answer" in record:
+            self.answered[answer.number] = record
+        data = _line(record)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._fail(error)
+
+    def put_in_order(self) -> None:
+        self._write_whole(self.answered[number] for number in sorted(self.answered))
+
+    def _read(self) -> None:
+        try:
+            *whole, _ = self.path.read_bytes().split(b"\n")  # what stands behind the last end of a line was cut off
+        except OSError as error:
+            self._fail(error)
+        for i, line in enumerate(whole, 1):
+            try:
+                record = json.loads(line)
+                number, asked = record["line"], record["asked"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise OutputError(
+                    f"{self.path}, line {i}: not an answer of `bise ask --each`; name another --out"
+                ) from None
+            if self._digests.get(number) != asked:
+                raise OutputError(
+                    f"{self.path}, line {i}: the answer to another question, of another model or with other settings; "
+                    "name another --out, or begin anew with --force"
+                )
+            if "answer" in record:
+                self.answered[number] = record
+
+    def _write_whole(self, records: Any) -> None:
+        """Replace the file, or leave it as it was."""
+        new = self.path.with_name(f".{self.path.name}.new")
+        try:
+            new.write_bytes(b"".join(map(_line, records)))
+            os.replace(new, self.path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> NoReturn:
+        raise OutputError(
+            f"{self.path}: cannot be written: {error.strerror}; make room, and this command goes on where it stopped"
+        ) from None
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+class _Watch:
+    """How far it is, how fast, and how long it takes."""
+
+    def __init__(self, line: "ProgressLine", total: int, done: int) -> None:
+        from runtime.pace import Pace
+
+        self._line, self._total, self._done, self._tokens = line, total, done, 0
+        self._answers, self._speed = Pace(total, done), Pace(1)
+
+    def saw(self, answer: "Answer") -> None:
+        self._done += 1
+        self._tokens += answer.finished.answer_tokens if answer.finished is not None else 0
+        rate, _ = self._speed.at(self._tokens)
+        _, left = self._answers.at(self._done)
+        speed = f"{rate:,.1f} tokens/s" if rate is not None else ""
+        self._line.show(self._done / self._total, speed, left, f"{self._done:,} of {self._total:,}")

@@ -58,7 +58,13 @@ def _grammar(form: CallForm, tools: Sequence[Tool], ids: Sequence[str], held: Ma
             if own[f"{prefix}root"] != "value":  # which need not be an object
                 arguments = f"{prefix}root"
                 rules |= own
-        heads.append(f'{_text(tool.name)} "," ws "\\"arguments\\":" ws {arguments}')
+        if form.arguments_token is not None:
+            id_ = "" if form.id_token is None else f"( <[{form.id_token}]> [a-zA-Z0-9]{{9}} )? "
+            heads.append(f'{literal(tool.name)} {id_}<[{form.arguments_token}]> " "? {arguments}')
+        else:
+            heads.append(f'{_text(tool.name)} "," ws "\\"arguments\\":" ws {arguments}')
+    if form.arguments_token is not None:
+        return Grammar(with_primitives({"root": f'" "? ( {" | ".join(heads)} )', **rules}))
     rules["call"] = f'"\\"name\\":" ws ( {" | ".join(heads)} )'
     if not form.is_list:
         closing = f" ws {literal(form.closing)}" if form.closing else ""

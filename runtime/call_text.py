@@ -16,7 +16,7 @@ _IN_SCALAR = re.compile(r'[^"{}\[\], \t\n\r]*')
 
 
 class CallText:
-    """A call, from behind its `{`."""
+    """A call, from behind its `{`, or from the beginning of its arguments."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -32,6 +32,12 @@ class CallText:
         self._key: str | None = None  # None: a key is read
         self._value: list[str] = []
         self._depth, self._in_string, self._escaped = 0, False, False
+        self._alone = False  # the arguments are all
+
+    def begin_arguments(self) -> None:
+        """Name and id stood before: what is read is no object of them, but the arguments alone."""
+        self._alone = True
+        self._key, self._state = "arguments", self._begin_value
 
     def read(self, text: str, at: int) -> int:
         """Go on with the text from a place on, as far as the object goes, or to a fault: the place behind."""
@@ -117,7 +123,7 @@ class CallText:
 
     def _taken(self) -> None:
         """A key or value is whole."""
-        key, self._state = self._key, self._more
+        key, self._state, self.whole = self._key, self._more, self._alone
         if key not in (None, "name", "id"):
             return
         try:

@@ -61,7 +61,9 @@ def calling(reply: Reply, form: CallForm | None, ids: Sequence[int], vocabulary:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise EngineError(f"two tools have the name {twice!r}; rename one")
     if form is None:
-        raise EngineError("how this model writes calls of tools is not known from its chat template; ask without tools")
+        raise EngineError(
+            "calls of tools cannot be read out of answers in this model's prompt format; ask without tools"
+        )
     if choice == "none":
         return Calling(AnswerReader(None, ()), forbidden=() if form.token is None else (form.token,))
     if reply.grammar is not None:

@@ -1,10 +1,16 @@
 """An answer, token by token → its text, and the calls of tools that it makes.
 
-Two forms are read. Mistral's v3 and v7: the token `[TOOL_CALLS]`, and a JSON list of all calls,
-`[{"name": …, "arguments": {…}, "id": …}]`, in which ids may lack (mistral-common 1.13, tokens/tokenizers/instruct.py,
-InstructTokenizerV3). And that of Hermes, which Qwen and others took over: `<tool_call>`, an object of `name` and
-`arguments`, `</tool_call>`, for each call (Hermes-Function-Calling, README). Where the opening is one token it is known
-by its id alone: text that spells it stays text.
+Three forms are read:
+
+- Mistral's v3 and v7: the token `[TOOL_CALLS]`, and a JSON list of all calls,
+  `[{"name": …, "arguments": {…}, "id": …}]`, in which ids may lack (mistral-common 1.13,
+  tokens/tokenizers/instruct.py, InstructTokenizerV3).
+- Mistral's v11 and v13, for each call: `[TOOL_CALLS]`, the name, `[CALL_ID]` and an id in v11, `[ARGS]`, the arguments
+  (InstructTokenizerV11 and V13).
+- That of Hermes, which Qwen and others took over, for each call: `<tool_call>`, an object of `name` and `arguments`,
+  `</tool_call>` (Hermes-Function-Calling, README).
+
+Where the opening is one token it is known by its id alone: text that spells it stays text.
 
 Text and arguments are given on as they come, in time linear in the answer. Whatever comes is taken: what is wrong with
 a call is kept in words for the model. Knows nothing of schemas (arguments.py) or of how tokens are drawn.
@@ -40,6 +46,10 @@ class CallForm:
     """The text behind each call; empty also where it is a control token, which is no text."""
     closing_token: int | None = None
     """That control token."""
+    arguments_token: int | None = None
+    """Behind the opening comes the name as text, and behind this control token the arguments."""
+    id_token: int | None = None
+    """The control token between such a name and an id."""
 
 
 Place = Literal["text", "calls", "behind"]
@@ -78,6 +88,7 @@ class AnswerReader:
         self._held = ""  # may be the beginning of an opening or a closing
         self._calls: list[_Call] = []
         self._n_before = 0  # calls before the last opening
+        self._head: list[list[str]] = []  # of a call whose arguments come behind a token: name and id
         self._used = set[str]()
         self._parts: list[str | CallPiece] = []
         self._n_tokens = 0
@@ -101,6 +112,13 @@ class AnswerReader:
         self._feed(self._decoder.decode(b"" if opens else piece, final=opens))
         if opens:
             self._open("")
+        elif self._form is not None and self._state == self._name:
+            if token == self._form.id_token:
+                self._head.append([])
+            elif token == self._form.arguments_token:
+                self._end_name()
+                self._calls[-1].text.begin_arguments()
+                self._state = self._call
         return self._parts
 
     def finish(self, n_tokens: int) -> list[str | CallPiece]:
@@ -109,6 +127,7 @@ class AnswerReader:
         self._feed(self._decoder.decode(b"", final=True))
         if self._state == self._text:
             self._say(self._held)
+        self._end_name()
         if self._state in (self._list, self._object, self._item) and len(self._calls) == self._n_before:
             self._begin()
         for call in self._calls:
@@ -151,6 +170,11 @@ class AnswerReader:
 
     def _object(self, text: str, at: int) -> int:
         return self._expect(text, at, {"{": self._call})
+
+    def _name(self, text: str, at: int) -> int:
+        """The name, or the id behind its token."""
+        self._head[-1].append(text[at:])
+        return len(text)
 
     def _call(self, text: str, at: int) -> int:
         assert self._form is not None
@@ -208,8 +232,18 @@ class AnswerReader:
     def _open(self, behind: str) -> None:
         """Calls begin."""
         assert self._form is not None
+        self._end_name()
         self.behind_opening, self._held, self._n_before = behind, "", len(self._calls)
         self._state = self._list if self._form.is_list else self._object
+        if self._form.arguments_token is not None:
+            self._begin()
+            self._head, self._state = [[]], self._name
+
+    def _end_name(self) -> None:
+        if self._state == self._name:
+            call = self._calls[-1].text
+            name, *ids = ("".join(parts).strip() for parts in self._head)
+            call.name, call.id = name, ids[0] if ids else None
 
     def _begin(self) -> CallText:
         id_ = next(id_ for id_ in self._ids if id_ not in self._used)

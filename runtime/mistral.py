@@ -59,9 +59,13 @@ class MistralPrompter:
             request_normalizer=get_normalizer(ours.version, None),
         )
         self.calls: CallForm | None = None
-        """A list of calls behind its control token. v1 has none; those of v11 and v13 are not read."""
+        """Behind a control token, up to v7 a list of calls. v1 has none."""
+        token = ours.pieces.get_special_token
         if kind in (*_V3, *_V7):
-            self.calls = CallForm(_CALLS, ours.pieces.get_special_token(_CALLS), is_list=True)
+            self.calls = CallForm(_CALLS, token(_CALLS), is_list=True)
+        elif kind != "mistral-v1":
+            id_token = token("[CALL_ID]") if kind == "mistral-v11" else None
+            self.calls = CallForm(_CALLS, token(_CALLS), arguments_token=token("[ARGS]"), id_token=id_token)
 
     @property
     def marks_turns_by_text(self) -> bool:

@@ -39,7 +39,10 @@ class NativeGrammar:
         return bool(np.isfinite(one.logit))
 
     def is_text(self, token: int) -> bool:
-        """Whether the token adds text to the answer, or ends it. A grammar that names tokens may want others."""
+        """Whether an allowed token adds text to the answer, or ends it, or is one that the grammar names.
+
+        Such a one only where the grammar cannot mean the text that spells it, which llama.cpp does not tell apart.
+        """
         if self._vocabulary.ends_answer(token):
             return True
         piece, state = self._vocabulary.piece(token), self._utf8.getstate()
@@ -52,7 +55,14 @@ class NativeGrammar:
             self._utf8.setstate(state)
         if _SURROGATES.match(begun):  # Python would see it at the next byte, when nothing can go on any more
             return False
-        return piece != b"" or self._names_tokens
+        return piece != b"" or (self._names_tokens and not self._may_spell(token))
+
+    def _may_spell(self, token: int) -> bool:
+        """Whether the grammar can go on with the first character of a control token's name."""
+        first = self._vocabulary.text(token)[:1]
+        found = (self._vocabulary.tokenize(before + first)[-1] for before in ("a", "\n", " "))  # as a token of its own
+        letter = next((token for token in found if self._vocabulary.piece(token) == first.encode()), None)
+        return letter is None or self.allows(letter)
 
     def accept(self, token: int) -> None:
         """Go on by a token that is text and allowed; by any other, llama.cpp would end the process."""

@@ -16,7 +16,7 @@ from runtime.calls import AnswerReader, CallForm, made_up_ids
 from runtime.events import CallPiece
 from runtime.messages import ToolCall
 from runtime.native import Vocabulary
-from tests.vocabularies import large, mistral, packaged, smollm, templated
+from tests.vocabularies import large, mistral, mistral_format, smollm, templated
 from tests.work import function_calls
 
 OPENING = 5
@@ -24,13 +24,15 @@ LIST = CallForm("[TOOL_CALLS]", OPENING, is_list=True)
 TAGS = CallForm("<tool_call>", None, closing="</tool_call>")
 TAG_TOKENS = CallForm("<tool_call>", OPENING, closing="</tool_call>")
 CLOSED_BY_CONTROL = CallForm("<tool_call>", OPENING)
-FORMS = [LIST, TAGS, TAG_TOKENS, CLOSED_BY_CONTROL]
+ARGUMENTS, ID = 6, 7
+HEADED = CallForm("[TOOL_CALLS]", OPENING, arguments_token=ARGUMENTS, id_token=ID)
+FORMS = [LIST, TAGS, TAG_TOKENS, CLOSED_BY_CONTROL, HEADED]
 
 Token = tuple[int, bytes]
 
 
 def tokens(*parts: str | bytes | int) -> list[Token]:
-    """A token each: the opening by its id, the others by what they stand for."""
+    """A token each: control tokens by their ids, the others by what they stand for."""
     return [(p, b"") if isinstance(p, int) else (9, p.encode() if isinstance(p, str) else p) for p in parts]
 
 
@@ -85,27 +87,31 @@ def pieces(vocabulary: Vocabulary, ids: Sequence[int]) -> list[Token]:
     return [(token, vocabulary.piece(token)) for token in ids]
 
 
-@given(CALLS, st.booleans())
-@settings(max_examples=40, deadline=None)
-@example([("f", {"text": text}) for text in HOSTILE], False)
-def test_what_mistral_common_encodes_is_read_back(wanted: list[tuple[str, dict[str, Any]]], v7: bool) -> None:
-    version = 7 if v7 else 3
+KINDS = ["mistral-v3", "mistral-v7", "mistral-v7-tekken", "mistral-v11", "mistral-v13"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(CALLS)
+@settings(max_examples=12, deadline=None)
+@example([("f", {"text": text}) for text in HOSTILE])
+def test_what_mistral_common_encodes_is_read_back(kind: str, wanted: list[tuple[str, dict[str, Any]]]) -> None:
+    format_, vocabulary, theirs = mistral_format(kind)
     calls = [
         MistralCall(id=f"call{i:05}", function=FunctionCall(name=name, arguments=json.dumps(arguments)))
         for i, (name, arguments) in enumerate(wanted)
     ]
-    message = AssistantMessage(content="Let me see." if v7 else None, tool_calls=calls)
-    tokenizer: Any = packaged(version).instruct_tokenizer
+    with_text = "v3" not in kind
+    message = AssistantMessage(content="Let me see." if with_text else None, tool_calls=calls)
+    tokenizer: Any = theirs.instruct_tokenizer
     ids = tokenizer.encode_assistant_message(message, False)
-    vocabulary = large(version)
-    form = mistral(f"mistral-v{version}", vocabulary).calls
-    assert form is not None
     assert vocabulary.ends_answer(ids[-1])
-    text, found = read(form, pieces(vocabulary, ids[:-1]))
-    assert text == (" Let me see." if v7 else "")
+    text, found = read(format_.calls, pieces(vocabulary, ids[:-1]))
+    assert text.strip() == ("Let me see." if with_text else "")
     assert [(call.name, json.loads(call.arguments), call.error) for call in found] == [
         (name, arguments, None) for name, arguments in wanted
     ]
+    if kind == "mistral-v11":
+        assert [call.id for call in found] == [call.id for call in calls]
 
 
 def test_text_that_spells_the_token_stays_text() -> None:
@@ -131,17 +137,21 @@ def answers(draw: st.DrawFn) -> tuple[CallForm, list[Token], str, list[tuple[str
     before = draw(st.sampled_from(["", "Well, ", "<tool_cal", "[TOOL_CALLS] ", "é "]))
     calls: list[tuple[str, str]] = []
     written: list[str] = []
+    whole: list[str | int] = [before]
     for name, values in draw(CALLS):
         arguments = json.dumps(values, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
+        calls.append((name, arguments))
+        if form == HEADED:
+            id_: list[str | int] = draw(st.sampled_from([[], [ID, "abcdefghi"], [ID, " bad"], [ID]]))
+            whole += [OPENING, name, *id_, ARGUMENTS, f"{draw(space)}{arguments}{draw(space)}"]
+            continue
         keys = [f'"name"{draw(space)}:{draw(space)}{json.dumps(name)}', f'"arguments":{draw(space)}{arguments}']
         keys += draw(st.sampled_from([[], ['"id": "abcdefghi"'], ['"id": 5, "type": "function"'], ['"n":1.5e3']]))
         joined = f"{draw(space)},{draw(space)}".join(draw(st.permutations(keys)))
         written.append(f"{{{draw(space)}{joined}{draw(space)}}}")
-        calls.append((name, arguments))
-    whole: list[str | int] = [before]
     if form.is_list:
         whole += [OPENING, f"{draw(space)}[{draw(space)}{' , '.join(written)}{draw(space)}]{draw(space)}"]
-    else:
+    elif form != HEADED:
         opening: str | int = TAGS.opening if form.token is None else OPENING
         for one in written:
             whole += [opening, f"{draw(space)}{one}{draw(space)}{form.closing}{draw(space)}"]
@@ -248,6 +258,8 @@ def test_made_up_ids_are_repeated_by_their_salt_alone() -> None:
         (TAGS, f"a</tool_call>b<tool_call>{F}</tool_call>c", "bc", [("", "a", "not 'a'"), ("f", "{}", None)]),
         (TAG_TOKENS, f"{F}</tool_call> <tool_call>", "<tool_call>", [("f", "{}", None)]),
         (CLOSED_BY_CONTROL, f"{F} and", "and", [("f", "{}", None)]),
+        (HEADED, "", "", [("", "", "broke off")]),
+        (HEADED, "na me", "", [("na me", "", "broke off")]),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_told(
@@ -262,7 +274,20 @@ def test_what_is_malformed_is_told(
             assert (error or "") in (call.error or "")
 
 
-@pytest.mark.parametrize("form", FORMS)
+def test_a_name_and_an_id_behind_tokens_may_be_anything() -> None:
+    def told(*parts: str | bytes | int) -> list[tuple[str, str, bool]]:
+        text, calls = read(HEADED, tokens(OPENING, *parts))
+        assert not text
+        return [(call.name, call.arguments, call.error is None) for call in calls]
+
+    assert told(ARGUMENTS, "{}") == [("", "{}", True)]
+    assert told("f", ID, "a", ID, "b", ARGUMENTS, "{}") == [("f", "{}", True)]
+    assert told("f", OPENING, "g", ARGUMENTS, "5 ") == [("f", "", False), ("g", "5", True)]
+    assert told("f", ARGUMENTS, ARGUMENTS, '"', OPENING, ID, '"', OPENING) == [("f", '""', True), ("", "", False)]
+    assert told("f" * 30_000, ARGUMENTS) == [("f" * 30_000, "", False)]
+
+
+@pytest.mark.parametrize("form", FORMS[:-1])
 def test_wherever_it_breaks_off_at_most_the_last_call_is_faulty(form: CallForm) -> None:
     one = '{"name": "f", "arguments": {"a": [1, "}"], "é": "\\""}, "id": "abcdefghi"}'
     if form.is_list:
@@ -354,5 +379,13 @@ def test_a_prompt_format_tells_how_calls_are_written() -> None:
     assert templated(vocabulary, "{{ messages[0].content }}{{ tools }}").calls is None
     assert templated(vocabulary, HERMES).calls == TAGS
     assert templated(vocabulary, HERMES + "<function=").calls is None
-    assert mistral("mistral-v3", large(3)).calls == LIST
-    assert mistral("mistral-v7", large(7)).calls == LIST
+    for kind in KINDS:
+        format_, vocabulary, _ = mistral_format(kind)
+        form = format_.calls
+        assert form is not None
+        found = [form.token, form.arguments_token, form.id_token]
+        names = [None if token is None else vocabulary.text(token) for token in found]
+        behind: dict[str, list[str | None]] = {"mistral-v11": ["[ARGS]", "[CALL_ID]"], "mistral-v13": ["[ARGS]", None]}
+        assert names == ["[TOOL_CALLS]", *(behind.get(kind) or [None, None])]
+        assert form.is_list == (kind not in behind)
+    assert mistral_format("mistral-v1")[0].calls is None

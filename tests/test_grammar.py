@@ -300,6 +300,11 @@ def test_control_tokens_are_drawn_only_where_a_grammar_names_them(
     free = sampler("root ::= .{6}")
     assert control not in {free.draw(logits) for _ in range(2)}
     assert sampler("root ::= <[" + str(control) + "]>").draw(logits) == control
+    named = sampler("root ::= <s> .{6}")
+    logits[engine.vocabulary.bos] = 60
+    assert named.draw(logits) == engine.vocabulary.bos
+    assert named.draw(logits) not in (control, engine.vocabulary.bos)
+    assert sampler("root ::= !<[5]>").draw(logits) not in (control, engine.vocabulary.bos)
 
 
 def test_a_grammar_of_a_token_that_the_model_has_not_is_refused(sampler: Callable[..., Sampler]) -> None:

@@ -99,7 +99,9 @@ def test_a_template_whose_calls_cannot_be_read_is_refused_with_tools(talker: Ans
     for template in (TEMPLATE.replace("tool_call>", "other>"), TEMPLATE + "{# <function= #}"):
         engine = talker._engine
         other = Answerer(engine, prompter("template", engine.vocabulary, template=template, tokenizer=None))
-        with pytest.raises(EngineError, match="how this model writes calls of tools is not known from its chat templ"):
+        with pytest.raises(
+            EngineError, match="calls of tools cannot be read out of answers in this model's prompt format"
+        ):
             ask(other, PARIS)
         assert ask(other, PARIS, tools=(), sampling=Sampling(0.0, max_tokens=3))[1].answer_tokens == 3
 

@@ -8,22 +8,25 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
 
 from runtime.answering import Answerer
+from runtime.calls import CallForm
 from runtime.drafting import Costs
 from runtime.engine import Engine
 from runtime.errors import EngineError
 from runtime.events import CallPiece, EngineSettings, Event, Finished, Load, Notice, Piece, Reply
 from runtime.grammar import Grammar
 from runtime.messages import Message, NamedTool, Tool, ToolCall
-from runtime.prompts import prompter
+from runtime.native import Vocabulary
+from runtime.prompts import Prompter, prompter
 from runtime.sampling import Sampling
 from runtime.session import Session
 from tests.checkpoints import DEMO
+from tests.vocabularies import mistral
 
 GREEDY = Sampling(temperature=0.0)
 CALLS = 5
@@ -90,7 +93,8 @@ class Answer:
         self.text = "".join(event.text for event in events if isinstance(event, Piece))
         self.pieces = [event for event in events if isinstance(event, CallPiece)]
         self.most_drawn = max((len(event.drawn) for event in events if isinstance(event, Piece)), default=0)
-        self.drawn = [one.token.id for event in events if isinstance(event, Piece) for one in event.drawn]
+        self.tokens = [one.token for event in events if isinstance(event, Piece) for one in event.drawn]
+        self.drawn = [token.id for token in self.tokens]
         self.notices = [event.text for event in events if isinstance(event, Notice)]
         end = events[-1]
         assert isinstance(end, Finished)
@@ -227,6 +231,35 @@ def test_log_probabilities_tell_every_token_of_calls(answerer: Answerer) -> None
         assert len(answer.drawn) == answer.end.answer_tokens + (answer.end.reason == "calls")
         assert (answer.drawn[0] == CALLS) == (choice == "auto")
         assert answer.most_drawn == 1
+
+
+class Headed:
+    """A prompt format whose calls are those of Mistral's v11, with control tokens that the demo has."""
+
+    calls = CallForm("[TOOL_CALLS]", CALLS, arguments_token=6, id_token=7)
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.encode = mistral("mistral-v3", vocabulary, DEMO / "tokenizer.model").encode
+
+
+def test_calls_with_the_arguments_behind_a_token_are_valid(answerer: Answerer) -> None:
+    headed = Answerer(answerer._engine, cast(Prompter, Headed(answerer._engine.vocabulary)))
+    eager = ((CALLS, 60.0), (7, 60.0))
+    for seed in range(2):
+        sampling = Sampling(temperature=1.3, seed=seed, max_tokens=120, logit_bias=eager)
+        answer = ask(headed, sampling=sampling, logprobs=0)
+        assert answer.text == ""
+        assert answer.drawn.count(CALLS) == len(answer.calls) > 1
+        spelled = b"".join({7: b"\1", 6: b"\2"}.get(token.id, token.text) for token in answer.tokens).decode()
+        ids = re.findall("\1([^\1\2]*)\2", spelled)
+        assert len(ids) >= len(answer.calls) - 1
+        assert ids == [call.id for call in answer.calls[: len(ids)]]
+        for call in answer.calls if answer.end.reason == "calls" else answer.calls[:-1]:
+            assert_valid(call)
+        for name in SCHEMAS:
+            (call,) = ask(headed, sampling=sampling, tool_choice=NamedTool(name)).calls
+            assert call.name == name
+            assert_valid(call)
 
 
 # Ends

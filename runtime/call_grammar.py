@@ -14,6 +14,9 @@ from runtime.json_schema import grammar_of, literal, rules_of, with_primitives
 from runtime.messages import Tool
 from runtime.tool_arguments import argument_check
 
+_MOST_CHARS = 50_000
+"""Of one schema. llama.cpp compares all ways to go on with each other: 10,000 values take it 0.1 s a character."""
+
 
 def call_grammar(form: CallForm, tools: Sequence[Tool], ids: Sequence[str]) -> Grammar:
     """The grammar of a list of calls, from one to as many as there are ids; or of one call and its closing."""
@@ -37,6 +40,8 @@ def unheld(tool: Tool) -> str | None:
 
 @lru_cache(maxsize=256)
 def _unheld(parameters: str) -> str | None:
+    if len(parameters) > _MOST_CHARS:
+        return f"its schema has {len(parameters):,} characters, and a grammar is made of {_MOST_CHARS:,} at most"
     check = argument_check(parameters)
     if check.faulty is not None:
         return check.faulty

@@ -208,12 +208,20 @@ def test_only_what_no_grammar_holds_is_left_to_the_check() -> None:
 
 
 def test_tools_that_are_too_much_together_are_left_to_the_check() -> None:
-    schema = {"type": "object", "properties": {"a": {"const": "a" * 510_000}}}
-    tools = [Tool(f"tool{i}", "", json.dumps(schema)) for i in range(2)]
+    schema = {"type": "object", "properties": {"a": {"const": "a" * 49_000}}}
+    tools = [Tool(f"tool{i}", "", json.dumps(schema)) for i in range(21)]
     assert grammar_of(schema)
     assert not unheld(tools[0])
     text = call_grammar(LIST, tools, ["abcdefghi"]).text
-    assert text.count('"\\"arguments\\":" ws object') == 2
+    assert text.count('"\\"arguments\\":" ws object') == 21
+    assert "-root" in call_grammar(LIST, tools[:2], ["abcdefghi"]).text
+
+
+def test_a_schema_that_is_too_long_is_left_to_the_check() -> None:
+    long = Tool("long", "", json.dumps({"enum": [f"value {i}" for i in range(5000)]}))
+    assert (
+        unheld(long) == f"its schema has {len(long.parameters):,} characters, and a grammar is made of 50,000 at most"
+    )
 
 
 def test_a_grammar_goes_on_behind_what_has_begun(vocabulary: Vocabulary) -> None:

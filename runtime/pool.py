@@ -15,11 +15,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from runtime.errors import EngineError, UserError, WorkerDiedError
-from runtime.events import EngineSettings, Finished, Load, LoadEvent, Notice, Piece, ReplyEvent
+from runtime.events import EngineSettings, Finished, Load, LoadEvent, Notice, Piece, ReplyEvent, Silent
 from runtime.messages import Message
 from runtime.session import Session
 
 _PROBE_SECONDS = 60
+_MOST_GIVEN_UP = 2
+"""Questions in a row that an engine may die of, twice each, before it is thought to die of any."""
+_MOST_LOADS = 3
+_PAUSE_SECONDS = 5.0
+"""Between loads: a `bise worker` that fell with the engine is started again meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +107,29 @@ def one_per_gpu(settings: EngineSettings) -> tuple[EngineSettings, ...]:
 
 
 def side_by_side(settings: EngineSettings, n: int) -> tuple[EngineSettings, ...]:
-    """Settings of `n` engines that share this machine's cores. Raises EngineError where they cannot share a device."""
+    """Settings of `n` engines that share this machine's cores, if they need them: see `opening.n_threads`.
+
+    Raises EngineError where they cannot share a device.
+    """
     if settings.rpc_servers and n > 1:
         raise EngineError("an RPC server serves one engine at a time; take --workers per-gpu, for one on each")
-    cores = len(os.sched_getaffinity(0))
-    return (replace(settings, n_threads=settings.n_threads or max(1, cores // n)),) * n
+    if n > 1 and settings.n_threads is None and not (settings.n_gpu_layers and _n_gpus()):
+        settings = replace(settings, n_threads=max(1, len(os.sched_getaffinity(0)) // n))
+    return (settings,) * n
 
 
 class Pool:
     """Engines, loaded one after the other, each as its settings say. `close` it."""
 
-    def __init__(self, loads: Sequence[Load], start: Callable[[Load], Session] = Session) -> None:
+    def __init__(
+        self,
+        loads: Sequence[Load],
+        start: Callable[[Load], Session] = Session,
+        *,
+        pause_seconds: float = _PAUSE_SECONDS,
+    ) -> None:
         self._sessions = tuple(start(load) for load in loads)
+        self._pause_seconds = pause_seconds
         self._stopping = threading.Event()
 
     def load(self) -> Iterator[tuple[int, LoadEvent]]:
@@ -125,8 +141,9 @@ class Pool:
     def answers(self, questions: Sequence[Question], ask: Ask) -> Generator[Answer | Notice, None, None]:
         """Have every question answered once, by `ask`, which is called in other threads.
 
-        Answers come as they are done. An engine that dies is started again and asked once more. Leaving early drops
-        what is being answered. Raises EngineError where no engine is left.
+        Answers come as they are done. An engine that dies is started again and asked once more; one that goes on
+        dying, or cannot be started, takes no more questions. Leaving early drops what is being answered. Raises
+        EngineError where no engine is left.
         """
         todo = _Todo(questions)
         told: queue.SimpleQueue[Answer | Notice | _Gone] = queue.SimpleQueue()
@@ -139,6 +156,8 @@ class Pool:
                 event = told.get()
                 if isinstance(event, _Gone):
                     n_left, why = n_left - 1, event.why or why
+                    if event.why is not None and n_left:
+                        yield Notice(f"an engine takes no more questions: {why}")
                 else:
                     yield event
             if todo.is_left:
@@ -164,9 +183,10 @@ class Pool:
         told: "queue.SimpleQueue[Answer | Notice | _Gone]",
     ) -> None:
         """One engine's thread."""
+        n_given_up = 0
         while (question := todo.take()) is not None:
             try:
-                answer = self._answer(session, ask, question, told.put)
+                answer, died = self._answer(session, ask, question, told.put)
             except UserError as error:  # it died, and cannot be started again
                 todo.give_back(question)
                 told.put(_Gone(str(error)))
@@ -174,10 +194,19 @@ class Pool:
             if not self._stopping.is_set():
                 told.put(answer)
             todo.done()
+            n_given_up = n_given_up + 1 if died else 0
+            if n_given_up == _MOST_GIVEN_UP:
+                told.put(_Gone(f"it died of {n_given_up} questions in a row, twice of each: {answer.error}"))
+                return
         told.put(_Gone())
 
-    def _answer(self, session: Session, ask: Ask, question: Question, tell: Callable[[Notice], None]) -> Answer:
-        """Raises UserError where the engine died and cannot be started again."""
+    def _answer(
+        self, session: Session, ask: Ask, question: Question, tell: Callable[[Notice], None]
+    ) -> tuple[Answer, bool]:
+        """The answer, and whether the engine died of the question, twice.
+
+        Raises UserError where it died and cannot be started again.
+        """
         for is_last in (False, True):
             text, finished = "", None
             try:
@@ -188,19 +217,31 @@ class Pool:
                         finished = event
                     elif isinstance(event, Notice):
                         tell(event)
+                    elif isinstance(event, Silent):
+                        tell(Notice(f"no sign of an engine for {event.seconds:.0f} s; Ctrl-C ends it"))
             except WorkerDiedError as death:
                 if self._stopping.is_set():
                     break
                 tell(Notice(f"{death}; it is started again"))
+                self._load_again(session)
+                if is_last:
+                    return Answer(question.number, error=str(death)), True
+            except UserError as error:
+                return Answer(question.number, error=str(error)), False
+            else:
+                return Answer(question.number, text, finished), False
+        return Answer(question.number), False
+
+    def _load_again(self, session: Session) -> None:
+        """Load, and try again where that fails. Raises UserError."""
+        for n_left in reversed(range(_MOST_LOADS)):
+            try:
                 for _ in session.load():
                     pass
-                if is_last:
-                    return Answer(question.number, error=str(death))
-            except UserError as error:
-                return Answer(question.number, error=str(error))
-            else:
-                return Answer(question.number, text, finished)
-        return Answer(question.number)
+                return
+            except UserError:
+                if not n_left or self._stopping.wait(self._pause_seconds):
+                    raise
 
 
 def _n_gpus() -> int:

@@ -1,5 +1,6 @@
 """Several engines side by side, and `bise ask --each`: every question answered once, whatever ends meanwhile."""
 
+import fcntl
 import json
 import os
 import re
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import EngineError
-from runtime.events import EngineSettings, Load, Notice, ReplyEvent, Sampling
+from runtime.errors import EngineError, OutputError
+from runtime.events import EngineSettings, Load, LoadEvent, Notice, ReplyEvent, Sampling
 from runtime.messages import Message
 from runtime.pool import Answer, Pool, Question, one_per_gpu, side_by_side
 from runtime.session import Session
 from tests.checkpoints import DEMO
 from tests.test_rpc import BISE, text_of, wait_until
+from tui.cli import main
+from tui.each import Line, _digests, _Out
+from tui.progress import ProgressLine
 
 GREEDY = Sampling(temperature=0.0, max_tokens=20)
 WORDS = ("horse", "rain", "window", "music", "stone", "river", "bread", "winter")
@@ -111,13 +115,6 @@ def test_an_engine_that_dies_is_started_again_and_asked_once_more(demo: Path, ex
     assert all(re.match(r"the engine's process ended by SIGKILL .+; it is started again", text) for text in notices)
 
 
-def test_what_kills_twice_is_given_up(demo: Path) -> None:
-    with closing(Pool([demo_load(demo)] * 2)) as pool:
-        list(pool.load())
-        texts, _ = answered(pool, killing(2), 2)
-    assert all(text.startswith("error: the engine's process ended by SIGKILL") for text in texts)
-
-
 def test_engines_that_cannot_be_started_again_leave_their_questions_to_others(
     demo: Path, expected: list[str], tmp_path: Path
 ) -> None:
@@ -128,16 +125,47 @@ def test_engines_that_cannot_be_started_again_leave_their_questions_to_others(
     def ask_or_die(session: Session, question: Question) -> Iterator[ReplyEvent]:
         return kill(session, question) if session._load.path == copy else ask(session, question)
 
-    with closing(Pool([demo_load(copy), demo_load(demo)])) as pool:
+    with closing(Pool([demo_load(copy), demo_load(demo)], pause_seconds=0)) as pool:
         list(pool.load())
         copy.unlink()
-        texts, _ = answered(pool, ask_or_die)
+        texts, notices = answered(pool, ask_or_die)
     assert texts == expected
-    with closing(Pool([demo_load(demo)])) as pool:
+    assert re.match(r"an engine takes no more questions: .+demo\.gguf", notices[-1])
+    with closing(Pool([demo_load(demo)], pause_seconds=0)) as pool:
         list(pool.load())
         pool._sessions[0]._load = demo_load(copy)
         with pytest.raises(EngineError, match=r"no engine is left to answer: .+demo\.gguf"):
             answered(pool, killing(1))
+
+
+def test_what_kills_twice_is_given_up_and_an_engine_that_dies_of_every_question(demo: Path) -> None:
+    found: list[Answer | Notice] = []
+    with closing(Pool([demo_load(demo)])) as pool, closing(pool.answers(QUESTIONS, killing(2))) as answers:
+        list(pool.load())
+        died = r"no engine is left to answer: it died of 2 questions in a row, twice of each: .+ SIGKILL"
+        with pytest.raises(EngineError, match=died):
+            found.extend(answers)
+    given_up = [told for told in found if isinstance(told, Answer)]
+    assert [told.number for told in given_up] == [0, 1]
+    assert all((told.error or "").startswith("the engine's process ended by SIGKILL") for told in given_up)
+
+
+class LateSession(Session):
+    """Cannot be loaded again at once: its RPC server is being started again itself."""
+
+    n_loads = 0
+
+    def load(self) -> Iterator[LoadEvent]:
+        self.n_loads += 1
+        if self.n_loads == 2:
+            raise EngineError("no llama.cpp RPC server answers")
+        return super().load()
+
+
+def test_an_engine_is_given_time_to_come_back(demo: Path, expected: list[str]) -> None:
+    with closing(Pool([demo_load(demo)], LateSession, pause_seconds=0)) as pool:
+        list(pool.load())
+        assert answered(pool, killing(1), 1)[0] == expected[:1]
 
 
 def test_leaving_early_ends_what_is_being_answered(demo: Path) -> None:
@@ -252,6 +280,7 @@ def records_whole(out: Path) -> list[Mapping[str, object]]:
 
 def test_what_cannot_be_answered_is_told_and_asked_again(tmp_path: Path) -> None:
     questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    out.symlink_to(tmp_path / "elsewhere.jsonl")
     long = "word " * 3000
     questions.write_text(f'"Define a horse."\n{json.dumps(long)}\n', encoding="utf-8")
     for _ in range(2):
@@ -264,6 +293,7 @@ def test_what_cannot_be_answered_is_told_and_asked_again(tmp_path: Path) -> None
         ]
     code, _ = ended(each(questions, out, "--context", "4096", "--force"))
     assert code == 0
+    assert out.is_symlink()
 
 
 def test_a_full_disk_is_one_line_and_loses_no_answer(questions: Path, tmp_path: Path) -> None:
@@ -334,3 +364,67 @@ def test_a_number_of_workers_that_is_none(workers: str, questions: Path, tmp_pat
         1,
         f"bise: --workers {workers} is neither per-gpu nor a number from 1 to 64",
     )
+
+
+# The file of answers
+
+
+def refused(capsys: pytest.CaptureFixture[str], model: Path, out: str, *arguments: str) -> str:
+    """Why the question in q.jsonl is not answered."""
+    Path("q.jsonl").write_text('"Define a horse."\n', encoding="utf-8")
+    assert main(["ask", "--model", str(model), "--each", "q.jsonl", "--out", out, *arguments]) == 1
+    assert Path("q.jsonl").read_text(encoding="utf-8") == '"Define a horse."\n'
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_file_is_replaced_that_must_not_be(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("link.jsonl").symlink_to("q.jsonl")
+    for out in ("q.jsonl", "./link.jsonl"):
+        assert refused(capsys, demo, out, "--force").endswith("holds the questions; name another --out")
+    for out in ("pipe", "."):
+        assert "is not a file that can be replaced" in refused(capsys, demo, out, "--force")
+    assert refused(capsys, demo, "none/a.jsonl").endswith("No such file or directory; name another --out")
+    with Path("a.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b"kept")
+        other.flush()
+        for options in ([], ["--force"]):
+            assert "a.jsonl is being written by another" in refused(capsys, demo, "a.jsonl", *options)
+    assert Path("a.jsonl").read_bytes() == b"kept"
+
+
+def test_two_runs_do_not_write_the_same_answers(tmp_path: Path) -> None:
+    lines, digests = [Line(1, None, QUESTIONS[0].messages)], {1: "0"}
+    for is_ordered in (False, True):
+        with _Out(tmp_path / "a.jsonl", lines, digests, overwrite=True) as out:
+            if is_ordered:
+                out.put_in_order()
+            with pytest.raises(OutputError, match="being written by another"):
+                _Out(tmp_path / "a.jsonl", lines, digests, overwrite=True)
+
+
+@pytest.mark.parametrize("line", ["ours?", "[]", "7", '{"line": 1}', '{"line": [], "asked": "x"}', "[" * 100_000])
+def test_what_is_no_answer_is_kept(
+    line: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    assert "a.jsonl, line 1: not an answer of `bise ask --each`" in refused(capsys, demo, "a.jsonl")
+    assert Path("a.jsonl").read_text(encoding="utf-8") == f"{line}\n"
+
+
+def test_another_model_of_the_same_name_and_size_is_another(demo: Path, tmp_path: Path) -> None:
+    questions = [Line(1, None, QUESTIONS[0].messages)]
+    content = bytearray(demo.read_bytes())
+    digests = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "demo.gguf").write_bytes(content)
+        load = demo_load(tmp_path / folder / "demo.gguf")
+        digests.append(_digests(questions, load, GREEDY, None, ProgressLine("", quiet=True)))
+        content[-1] ^= 1
+    assert digests[0] != digests[1]

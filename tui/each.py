@@ -6,6 +6,8 @@ asked and how, so that answers of other runs are not mixed.
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -64,40 +66,40 @@ def run(
     from runtime.pool import Answer, Pool, Question
 
     lines = _lines(arguments.each, arguments.system)
-    out = _Out(arguments.out, lines, _digests(lines, load, sampling, grammar), overwrite=arguments.force)
-    todo = [each for each in lines if each.number not in out.answered]
-    if not todo:
-        line.say(f"{out.path} has all {len(lines)} answers")
-        return 0
+    if arguments.out.exists() and arguments.out.samefile(arguments.each):
+        raise EngineError(f"{arguments.out} holds the questions; name another --out")
     settings = _workers(arguments.workers, load)
-    pool = Pool([replace(load, settings=each) for each in settings])
-    try:
-        for i, event in pool.load():
-            if isinstance(event, LoadProgress):
-                line.show((i + event.fraction) / len(settings), "", event.seconds_left, f"engine {i + 1}")
-            elif isinstance(event, Notice):
-                line.say(f"bise: {event.text}")
-            elif isinstance(event, Silent):
-                line.say(f"bise: no sign of engine {i + 1} for {event.seconds:.0f} s; Ctrl-C ends it")
-        questions = [Question(each.number, each.messages) for each in todo]
-        answers = pool.answers(questions, lambda session, q: session.reply(q.messages, sampling, grammar=grammar))
-        watch = _Watch(line, len(lines), len(lines) - len(todo))
-        n_failed = 0
-        with out, closing(answers):
-            for told in answers:
-                if isinstance(told, Answer):
-                    out.add(told)
-                    watch.saw(told)
-                    n_failed += told.error is not None
-                else:
-                    line.say(f"bise: {told.text}")
-    finally:
-        pool.close()
-    if n_failed:
-        raise EngineError(
-            f"{n_failed} of {len(lines)} have no answer; {out.path} says why, and this command asks again"
-        )
-    out.put_in_order()
+    digests = _digests(lines, load, sampling, grammar, line)
+    with _Out(arguments.out, lines, digests, overwrite=arguments.force) as out:
+        todo = [each for each in lines if each.number not in out.answered]
+        if not todo:
+            line.say(f"{out.path} has all {len(lines)} answers")
+            return 0
+        with closing(Pool([replace(load, settings=each) for each in settings])) as pool:
+            for i, event in pool.load():
+                if isinstance(event, LoadProgress):
+                    line.show((i + event.fraction) / len(settings), "", event.seconds_left, f"engine {i + 1}")
+                elif isinstance(event, Notice):
+                    line.say(f"bise: {event.text}")
+                elif isinstance(event, Silent):
+                    line.say(f"bise: no sign of engine {i + 1} for {event.seconds:.0f} s; Ctrl-C ends it")
+            questions = [Question(each.number, each.messages) for each in todo]
+            answers = pool.answers(questions, lambda session, q: session.reply(q.messages, sampling, grammar=grammar))
+            watch = _Watch(line, len(lines), len(lines) - len(todo))
+            n_failed = 0
+            with closing(answers):
+                for told in answers:
+                    if isinstance(told, Answer):
+                        out.add(told)
+                        watch.saw(told)
+                        n_failed += told.error is not None
+                    else:
+                        line.say(f"bise: {told.text}")
+        if n_failed:
+            raise EngineError(
+                f"{n_failed} of {len(lines)} have no answer; {out.path} says why, and this command asks again"
+            )
+        out.put_in_order()
     line.say(f"written: {out.path}, {len(lines)} answers")
     return 0
 
@@ -169,38 +171,49 @@ def _question(value: Any) -> tuple[Any, list[Message]]:
     return id_, messages
 
 
-def _digests(lines: Sequence[Line], load: "Load", sampling: "Sampling", grammar: "Grammar | None") -> dict[int, str]:
+def _digests(
+    lines: Sequence[Line], load: "Load", sampling: "Sampling", grammar: "Grammar | None", line: "ProgressLine"
+) -> dict[int, str]:
     """Line → a digest of what is asked there, of which model, and how."""
-    file = load.path.stat() if load.path.is_file() else None
-    model = (load.path.name, file.st_size if file else 0, load.prompt, load.settings.n_ctx, load.settings.kv_type)
+    from quant.importance.identity import model_files
+
+    files = model_files(load.path, lambda share: line.show(0, detail=f"reading the model for its SHA-256, {share:.0%}"))
+    model = (files, load.prompt, load.settings.n_ctx, load.settings.kv_type)
     how = repr((model, sampling, grammar.text if grammar is not None else None))
     return {each.number: hashlib.sha256(f"{how}{each.messages!r}".encode()).hexdigest()[:16] for each in lines}
 
 
 class _Out:
-    """The file of answers. As a context manager it is open for more."""
+    """The file of answers, locked: two runs would lose each other's. A context manager, which unlocks it."""
 
     def __init__(self, path: Path, lines: Sequence[Line], digests: dict[int, str], *, overwrite: bool) -> None:
         """Read what is there. Raises OutputError where that is not of these questions and settings."""
         self.path = path
         self._ids, self._digests = {each.number: each.id for each in lines}, digests
         self.answered: dict[int, dict[str, Any]] = {}
-        if path.exists() and not overwrite:
-            self._read()
-        self._write_whole(self.answered.values())
-
-    def __enter__(self) -> "_Out":
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is not a file that can be replaced; name another --out")
         try:
-            self._file = self.path.open("ab", buffering=0)
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             self._fail(error)
+        try:
+            self._lock()
+            if not overwrite:
+                self._read()
+            self._write_whole(self.answered.values())
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "_Out":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def add(self, answer: "Answer") -> None:
-        """Write one line, whole."""
+        """Write one line, whole, through to the disk."""
         record: dict[str, Any] = {"line": answer.number}
         if self._ids[answer.number] is not None:
             record["id"] = self._ids[answer.number]
@@ -223,11 +236,22 @@ class _Out:
         try:
             while data:
                 data = data[self._file.write(data) :]
+            os.fdatasync(self._file.fileno())
         except OSError as error:
             self._fail(error)
 
     def put_in_order(self) -> None:
         self._write_whole(self.answered[number] for number in sorted(self.answered))
+
+    def _lock(self) -> None:
+        """The lock is the open file's: a file that takes its place is locked before it does."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise OutputError(f"{self.path} is being written by another `bise ask`; wait for it, or end it")
 
     def _read(self) -> None:
         try:
@@ -237,7 +261,7 @@ class _Out:
         for i, line in enumerate(whole, 1):
             try:
                 record = json.loads(line)
-                number, asked = record["line"], record["asked"]
+                number, asked, is_answer = int(record["line"]), record["asked"], "answer" in record
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise OutputError(
                     f"{self.path}, line {i}: not an answer of `bise ask --each`; name another --out"
@@ -247,23 +271,36 @@ class _Out:
                     f"{self.path}, line {i}: the answer to another question, of another model or with other settings; "
                     "name another --out, or begin anew with --force"
                 )
-            if "answer" in record:
+            if is_answer:
                 self.answered[number] = record
 
     def _write_whole(self, records: Any) -> None:
         """Replace the file, or leave it as it was."""
-        new = self.path.with_name(f".{self.path.name}.new")
+        place = Path(os.path.realpath(self.path))
+        new = place.with_name(f".{place.name}.new")
         try:
-            new.write_bytes(b"".join(map(_line, records)))
-            os.replace(new, self.path)
-        except OSError as error:
             new.unlink(missing_ok=True)
+            file = new.open("ab", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                data = b"".join(map(_line, records))
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+                os.replace(new, place)
+            except BaseException:
+                file.close()
+                new.unlink(missing_ok=True)
+                raise
+        except OSError as error:
             self._fail(error)
+        self._file.close()
+        self._file = file
 
     def _fail(self, error: OSError) -> NoReturn:
-        raise OutputError(
-            f"{self.path}: cannot be written: {error.strerror}; make room, and this command goes on where it stopped"
-        ) from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room, and this command goes on where it stopped" if is_full else "name another --out"
+        raise OutputError(f"{self.path}: cannot be written: {error.strerror}; {remedy}") from None
 
 
 def _line(record: dict[str, Any]) -> bytes:

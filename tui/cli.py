@@ -24,11 +24,12 @@ from tui.verbs import (
     pull,
     quantize,
     recipe,
+    tools,
     verify,
     worker,
 )
 
-_VERBS = (pull, imatrix, recipe, quantize, verify, perplexity, chat, ask, prompt, worker, models, plan, doctor)
+_VERBS = (pull, imatrix, recipe, quantize, verify, perplexity, chat, ask, prompt, tools, worker, models, plan, doctor)
 _GUARDED = (imatrix, recipe, perplexity)
 """Have llama.cpp compute, in their own process."""
 

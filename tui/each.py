@@ -110,7 +110,7 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.out is not None or arguments.workers != "1" or arguments.force:
             raise EngineError("--out, --workers and --force go with --each FILE.jsonl")
         return
-    for name in ("question", "json", "logprobs", "stats", "show_sampling"):
+    for name in ("question", "json", "logprobs", "stats", "show_sampling", "tools", "tool"):
         if getattr(arguments, name):
             raise EngineError(
                 f"--each answers the questions of its file and tells all as JSON; leave out {_name(name)}"

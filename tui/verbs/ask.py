@@ -2,16 +2,19 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tui import each
+from tui import each, tool_use
 from tui.choose import add_model_arguments
 from tui.engine_options import add_engine_arguments, add_sampling_arguments
 
 if TYPE_CHECKING:
-    from runtime.events import Finished, Likelihood, Notice, Piece, Silent
+    from runtime.events import Finished, Likelihood, Notice, Piece, ReplyEvent, Silent
     from runtime.grammar import Grammar
+    from runtime.messages import Tool, ToolChoice
+    from runtime.tool_loop import Called
 
 HELP = "one answer on stdout"
 
@@ -32,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_engine_arguments(parser)
     add_sampling_arguments(parser)
+    tool_use.add_arguments(parser)
     each.add_arguments(parser)
 
 
@@ -40,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from runtime.events import Finished, LoadProgress, Notice, Piece, Silent
     from runtime.messages import Message
     from runtime.session import Session
+    from runtime.tool_loop import Called, Calling
     from tui.choose import choose, remember
     from tui.engine_options import engine_settings, presets
     from tui.progress import ProgressLine
@@ -63,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         load = choice.file.load(engine_settings(arguments, choice.file))
         if arguments.each is not None:
             return each.run(arguments, load, sampling, grammar, line)
+        toolbox = tool_use.opened(arguments, line.say)
         session = Session(load)
         try:
             for load_event in session.load():
@@ -74,28 +80,45 @@ def run(arguments: argparse.Namespace) -> int:
                     line.say(_said(load_event))
         except BaseException:
             session.close()
+            tool_use.close(toolbox)
             raise
     remember(choice)
     messages = [Message("user", question)]
     if arguments.system:
         messages.insert(0, Message("system", arguments.system))
-    clean = printable if sys.stdout.isatty() else str  # an answer must not steer the terminal; a pipe gets every byte
+    show = printable if sys.stdout.isatty() else str  # an answer must not steer the terminal; a pipe gets every byte
     finished = None
     pieces: list[Piece] = []
+    done: list[Called] = []
+
+    def reply(messages: "Sequence[Message]", tools: "Sequence[Tool]", choice: "ToolChoice") -> "Iterator[ReplyEvent]":
+        return session.reply(
+            messages, sampling, logprobs=arguments.logprobs, grammar=grammar, tools=tools, tool_choice=choice
+        )
+
     try:
-        for event in session.reply(messages, sampling, logprobs=arguments.logprobs, grammar=grammar):
+        for event in tool_use.events(arguments, toolbox, reply, messages):
             if isinstance(event, Piece):
-                if arguments.json:
-                    pieces.append(event)
-                else:
-                    sys.stdout.write(clean(event.text))
+                pieces.append(event)
+                if not arguments.json:
+                    sys.stdout.write(show(event.text))
                     sys.stdout.flush()
             elif isinstance(event, Finished):
                 finished = event
             elif isinstance(event, Notice | Silent):
                 print(_said(event), file=sys.stderr)
+            elif isinstance(event, Calling):
+                if pieces and not arguments.json:
+                    sys.stdout.write("\n")
+                    sys.stdout.flush()
+                pieces.clear()
+                for call in event.calls:
+                    print(f"bise: calls {tool_use.described(call)}", file=sys.stderr)
+            elif isinstance(event, Called):
+                done.append(event)
+                print(f"bise: {tool_use.outcome(event.call, event.result)}", file=sys.stderr)
         if arguments.json and finished is not None:
-            sys.stdout.write(_json(pieces, finished))
+            sys.stdout.write(_json(pieces, finished, done))
         sys.stdout.write("\n")
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -103,6 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     finally:
         session.close()
+        tool_use.close(toolbox)
     if finished is not None:
         _report(finished, stats=arguments.stats)
         if arguments.show_sampling:
@@ -191,8 +215,8 @@ def _figures(finished: "Finished") -> list[str]:
     return figures
 
 
-def _json(pieces: "list[Piece]", finished: "Finished") -> str:
-    """The answer as one JSON object; `tokens` where log-probabilities were asked for."""
+def _json(pieces: "list[Piece]", finished: "Finished", done: "list[Called]") -> str:
+    """The answer as one JSON object; `tokens` where log-probabilities were asked for, `calls` where there were some."""
     import json
 
     drawn = [token for piece in pieces for token in piece.drawn]
@@ -212,6 +236,7 @@ def _json(pieces: "list[Piece]", finished: "Finished") -> str:
         "accepted_tokens": finished.accepted_tokens,
         "sampling": finished.sampling,
         **({"tokens": tokens} if drawn else {}),
+        **({"calls": list(map(tool_use.as_json, done))} if done else {}),
     }
     return json.dumps(whole)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from runtime.errors import EngineError, UserError, WorkerDiedError
 from runtime.events import EngineSettings, Finished, Load, LoadEvent, Notice, Piece, ReplyEvent, Silent
-from runtime.messages import Message
+from runtime.messages import Message, Tool
 from runtime.session import Session
 
 _PROBE_SECONDS = 60
@@ -34,6 +34,7 @@ class Question:
     number: int
     """Joins question and answer."""
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

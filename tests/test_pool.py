@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.conversation import in_openai_form
 from runtime.errors import EngineError, OutputError
-from runtime.events import EngineSettings, Load, LoadEvent, Notice, ReplyEvent, Sampling
-from runtime.messages import Message
+from runtime.events import EngineSettings, Finished, Load, LoadEvent, Notice, ReplyEvent, Sampling
+from runtime.messages import Message, ToolCall
 from runtime.pool import Answer, Pool, Question, one_per_gpu, side_by_side
 from runtime.session import Session
 from tests.checkpoints import DEMO
@@ -324,10 +325,7 @@ def test_a_full_disk_is_one_line_and_loses_no_answer(questions: Path, tmp_path: 
         ('{"question": ["a"]}', "line 1: question: text is wanted"),
         ('[{"role": "king", "content": "a"}]', r"line 1: messages\[0\]\.role"),
         ("[" * 100_000, "line 1: "),
-        (
-            '{"messages": [{"role": "user", "content": "a"}], "tools": [{"function": {"name": "f"}}]}',
-            "line 1: tools are not called by --each",
-        ),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [7]}', r"line 1: tools\[0\]: a number"),
     ],
 )
 def test_questions_that_are_none_are_refused_with_their_line(text: str, words: str, tmp_path: Path) -> None:
@@ -364,6 +362,24 @@ def test_a_number_of_workers_that_is_none(workers: str, questions: Path, tmp_pat
         1,
         f"bise: --workers {workers} is neither per-gpu nor a number from 1 to 64",
     )
+
+
+def test_questions_with_tools_are_told_of_them_and_calls_are_kept(tmp_path: Path) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    messages = [{"role": "user", "content": "Define a horse."}]
+    tools = [{"type": "function", "function": {"name": "define", "description": "A word", "parameters": {}}}]
+    asked = [{"messages": messages}, {"messages": messages, "tools": tools}]
+    questions.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    assert ended(each(questions, out))[0] == 0
+    without, told = (record["prompt_tokens"] for record in records(out))
+    assert isinstance(without, int)
+    assert isinstance(told, int)
+    assert told > without + 20
+    call = ToolCall("abcdefgh1", "define", '{"word": "é"}')
+    with _Out(out, [Line(1, None, ())], {1: "0"}, overwrite=True) as file:
+        file.add(Answer(1, "", Finished("calls", 9, 0, 9, 0.1, 0.1, 18, 256, calls=(call,))))
+    (turn,) = in_openai_form([Message("assistant", "", (call,))])
+    assert records(out)[0]["tool_calls"] == turn["tool_calls"]
 
 
 # The file of answers

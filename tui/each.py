@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from runtime.conversation import in_openai_form
 from runtime.errors import EngineError, OutputError
-from runtime.messages import Message
+from runtime.messages import Message, Tool
 from runtime.openai_form import ConversationError, conversation
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Line:
     id: Any
     """What the user calls it; None where it has no name."""
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--each",
         type=Path,
         metavar="FILE.jsonl",
-        help='each line a question: "…", or {"question": "…"} or {"messages": […]}, with an "id" if you like',
+        help='each line a question: "…", {"question": "…"} or {"messages": […], "tools": […]}, with an id if you like',
     )
     group.add_argument("--out", type=Path, metavar="FILE.jsonl", help="their answers; the same command goes on with it")
     group.add_argument(
@@ -83,8 +85,10 @@ def run(
                     line.say(f"bise: {event.text}")
                 elif isinstance(event, Silent):
                     line.say(f"bise: no sign of engine {i + 1} for {event.seconds:.0f} s; Ctrl-C ends it")
-            questions = [Question(each.number, each.messages) for each in todo]
-            answers = pool.answers(questions, lambda session, q: session.reply(q.messages, sampling, grammar=grammar))
+            questions = [Question(each.number, each.messages, each.tools) for each in todo]
+            answers = pool.answers(
+                questions, lambda session, q: session.reply(q.messages, sampling, grammar=grammar, tools=q.tools)
+            )
             watch = _Watch(line, len(lines), len(lines) - len(todo))
             n_failed = 0
             with closing(answers):
@@ -145,30 +149,28 @@ def _lines(path: Path, system: str | None) -> list[Line]:
     for number, said in enumerate(text.split("\n"), 1):
         if said.strip():
             try:
-                id_, messages = _question(json.loads(said))
+                id_, messages, tools = _question(json.loads(said))
             except (ValueError, RecursionError, ConversationError) as error:
                 raise EngineError(f"{path}, line {number}: {error}") from None
             if system and messages[0].role != "system":
                 messages = [Message("system", system), *messages]
-            lines.append(Line(number, id_, tuple(messages)))
+            lines.append(Line(number, id_, tuple(messages), tuple(tools)))
     if not lines:
         raise EngineError(f"{path} holds no question; write one a line, in quotes, as JSON")
     return lines
 
 
-def _question(value: Any) -> tuple[Any, list[Message]]:
+def _question(value: Any) -> tuple[Any, list[Message], list[Tool]]:
+    """Its id, and what it asks. Raises ConversationError."""
     id_ = value.get("id") if isinstance(value, dict) else None
     asked = value["question"] if isinstance(value, dict) and "question" in value else value
     if isinstance(asked, str):
         if not asked.strip():
             raise ConversationError("the question is empty")
-        return id_, [Message("user", asked)]
+        return id_, [Message("user", asked)], []
     if asked is not value:
         raise ConversationError("question: text is wanted")
-    messages, tools = conversation(value)
-    if tools:
-        raise ConversationError("tools are not called by --each; leave them out")
-    return id_, messages
+    return id_, *conversation(value)
 
 
 def _digests(
@@ -180,7 +182,9 @@ def _digests(
     files = model_files(load.path, lambda share: line.show(0, detail=f"reading the model for its SHA-256, {share:.0%}"))
     model = (files, load.prompt, load.settings.n_ctx, load.settings.kv_type)
     how = repr((model, sampling, grammar.text if grammar is not None else None))
-    return {each.number: hashlib.sha256(f"{how}{each.messages!r}".encode()).hexdigest()[:16] for each in lines}
+    return {
+        each.number: hashlib.sha256(f"{how}{each.messages!r}{each.tools!r}".encode()).hexdigest()[:16] for each in lines
+    }
 
 
 class _Out:
@@ -221,8 +225,10 @@ class _Out:
             record["error"] = answer.error
         else:
             end = answer.finished
+            turn = in_openai_form([Message("assistant", answer.text, end.calls)])[0]
             record |= {
                 "answer": answer.text,
+                **({"tool_calls": turn["tool_calls"]} if end.calls else {}),
                 "reason": end.reason,
                 "prompt_tokens": end.prompt_tokens,
                 "answer_tokens": end.answer_tokens,

@@ -16,7 +16,8 @@ from runtime.tools import Approve, Result, Toolbox
 MAX_ROUNDS = 10
 """Of calls, for one question."""
 
-_NOT_DONE = "the answer ended before this call was carried out"
+NOT_DONE = "the answer ended before this call was carried out"
+"""What the model is told of a call that has no result."""
 
 
 Ask = Callable[[Sequence[Message], Sequence[Tool], ToolChoice], Iterator[ReplyEvent]]
@@ -80,7 +81,7 @@ def loop(
         calls = finished.calls
         told.append(Message("assistant", text, calls))
         if finished.reason != "calls" or stopped.is_set():
-            yield Told(tuple(Message("tool", call.error or _NOT_DONE, call_id=call.id) for call in calls))
+            yield Told(tuple(Message("tool", call.error or NOT_DONE, call_id=call.id) for call in calls))
             return
         yield Calling(calls)
         results: dict[int, Result] = {}

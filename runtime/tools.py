@@ -30,6 +30,7 @@ OUTPUT_LIMIT = 20_000
 """Characters of a result, some 5,000 tokens."""
 
 _POLL_SECONDS = 0.1
+_CANCELLED = "cancelled by the user"
 
 
 class ToolError(UserError):
@@ -139,7 +140,9 @@ class Toolbox:
         done: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
         deadlines: dict[int, float] = {}
         for i, call in enumerate(calls):
-            refusal = "cancelled by the user" if stopped.is_set() else self._refusal(call, approve)
+            refusal = _CANCELLED if stopped.is_set() else self._refusal(call, approve)
+            if stopped.is_set():  # while it was asked for
+                refusal = _CANCELLED
             if refusal is not None:
                 yield i, Result(refusal, ok=False)
                 continue
@@ -154,7 +157,7 @@ class Toolbox:
                 for i in late:
                     del deadlines[i]
                     seconds = self._by_name[calls[i].name].limits.seconds
-                    text = "cancelled by the user" if stopped.is_set() else f"no answer after {seconds:g} seconds"
+                    text = _CANCELLED if stopped.is_set() else f"no answer after {seconds:g} seconds"
                     yield i, Result(text, ok=False, seconds=seconds)
             else:
                 if deadlines.pop(i, None) is not None:

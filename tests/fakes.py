@@ -17,7 +17,7 @@ from runtime.events import (
     Sampling,
     StopReason,
 )
-from runtime.messages import Message
+from runtime.messages import Message, Tool, ToolCall, ToolChoice
 
 N_CTX = 1000
 
@@ -29,6 +29,7 @@ class _Script:
     error: UserError | None = None
     context_used: int = 100
     events: Sequence[ReplyEvent] = ()
+    calls: Sequence[ToolCall] = ()
 
 
 @dataclass
@@ -41,6 +42,8 @@ class FakeEngine:
     """Stay at half of the weights until `let_load` is called."""
     prompts: list[tuple[list[Message], Sampling]] = field(default_factory=list)
     """What was asked, one entry a reply."""
+    offers: list[tuple[tuple[Tool, ...], ToolChoice]] = field(default_factory=list)
+    """The tools, and the choice of them, of each reply."""
     load_events: list[LoadEvent] = field(default_factory=list)
     """Told by every load after half of the weights."""
     n_loads: int = 0
@@ -60,12 +63,13 @@ class FakeEngine:
         error: UserError | None = None,
         context_used: int = 100,
         events: Sequence[ReplyEvent] = (),
+        calls: Sequence[ToolCall] = (),
     ) -> None:
-        """Answer the next reply with `events` and `pieces`; then fail with `error`.
+        """Answer the next reply with `events`, `pieces` and `calls`; then fail with `error`.
 
         If it `holds`, it says no more until stopped.
         """
-        self._scripts.put(_Script(pieces, holds, error, context_used, events))
+        self._scripts.put(_Script(pieces, holds, error, context_used, events, calls))
 
     def let_load(self) -> None:
         """Let a held load go on."""
@@ -88,9 +92,17 @@ class FakeEngine:
         yield LoadProgress(1.0)
         yield Loaded("fake", 1, 1, n_ctx=N_CTX, n_ctx_train=N_CTX, n_vocab=1, seconds=0.1)
 
-    def reply(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ReplyEvent]:
+    def reply(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
+    ) -> Iterator[ReplyEvent]:
         self._stopped.clear()
         self.prompts.append((list(messages), sampling))
+        self.offers.append((tuple(tools), tool_choice))
         script = self._scripts.get_nowait()
         yield PromptProgress(7, 7, 3)
         yield from script.events
@@ -102,8 +114,10 @@ class FakeEngine:
             raise WorkerDiedError("the engine was closed")
         if script.error is not None:
             raise script.error
-        reason: StopReason = "stopped" if script.holds else "end"
-        yield Finished(reason, 7, 3, len(script.pieces), 0.1, 0.5, script.context_used, N_CTX)
+        reason: StopReason = "stopped" if script.holds else "calls" if script.calls else "end"
+        yield Finished(
+            reason, 7, 3, len(script.pieces), 0.1, 0.5, script.context_used, N_CTX, calls=tuple(script.calls)
+        )
 
     def stop(self) -> None:
         self._stopped.set()

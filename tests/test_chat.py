@@ -15,6 +15,7 @@ from textual.widgets import Markdown as MarkdownWidget
 from runtime.errors import EngineError, ModelFileError, WorkerDiedError
 from runtime.events import LoadProgress, Notice, PromptProgress, Sampling, Silent
 from runtime.messages import Message
+from runtime.tools import Toolbox
 from tests.fakes import FakeEngine
 from tui.app import ChatApp, chat_app
 from tui.history import History, HistoryError, Turn
@@ -125,6 +126,8 @@ async def running(
     notice: str | None = None,
     system: str | None = None,
     conversation: int | None = None,
+    toolbox: Toolbox | None = None,
+    max_rounds: int = 10,
 ) -> AsyncIterator[Chat]:
     app = chat_app(
         engine,
@@ -137,6 +140,8 @@ async def running(
         conversation=conversation,
         model_key="large",
         level="Q4_K_M",
+        toolbox=toolbox,
+        max_rounds=max_rounds,
     )
     async with app.run_test(size=size, notifications=True) as pilot:
         yield Chat(app, pilot)

@@ -318,6 +318,17 @@ def test_each_call_is_asked_for_until_always(notes: Path) -> None:
         assert box.narrowed(["no*"]).policy("nothing") == "allow"
 
 
+def test_a_call_that_is_approved_after_a_stop_is_not_carried_out(notes: Path) -> None:
+    stopped = threading.Event()
+
+    def approve(made: ToolCall) -> Approval:
+        stopped.set()
+        return "yes"
+
+    with Toolbox([Functions(str(notes))]) as box:
+        assert [result.text for _, result in box.run((call("nothing"),), approve, stopped)] == ["cancelled by the user"]
+
+
 def test_a_narrowed_toolbox_has_only_those(toolbox: Toolbox) -> None:
     few = toolbox.narrowed(["search", "la*"])
     assert [tool.name for tool in few.tools] == ["search", "later"]

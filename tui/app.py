@@ -9,6 +9,8 @@ from textual.binding import Binding, BindingType
 from textual.theme import Theme
 
 from runtime.events import Sampling
+from runtime.tool_loop import MAX_ROUNDS
+from runtime.tools import Toolbox
 from tui.history import History
 from tui.screens.chat import ChatScreen
 from tui.talker import Speaker, Talker
@@ -65,12 +67,15 @@ def chat_app(
     conversation: int | None = None,
     model_key: str,
     level: str | None = None,
+    toolbox: Toolbox | None = None,
+    max_rounds: int = MAX_ROUNDS,
 ) -> ChatApp:
     """The chat with `talker`, called `title`.
 
     `notice` is a line above the transcript. `preset` is one of `presets`. `conversation` is the saved one to open;
-    `HistoryError` is raised where there is none. `model_key` and `level` are saved with every answer. The app closes
-    `talker` when it ends; `history` stays open.
+    `HistoryError` is raised where there is none. `model_key` and `level` are saved with every answer. The model may
+    call the tools of `toolbox`, in at most `max_rounds` rounds. The app closes `talker` when it ends; `history` and
+    `toolbox` stay open.
     """
     if conversation is not None:
         history.conversation(conversation)
@@ -84,5 +89,7 @@ def chat_app(
         presets=presets,
         preset=preset,
         conversation=conversation,
+        toolbox=toolbox,
+        max_rounds=max_rounds,
     )
     return ChatApp(talker, chat)

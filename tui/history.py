@@ -8,22 +8,25 @@ to the disk when the call returns. The file belongs to its owner alone (mode 060
 Every fault of the file or the disk is raised as `HistoryError`. For one thread; knows nothing of screens and engines.
 """
 
+import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from runtime.errors import UserError
 from runtime.events import StopReason
+from runtime.messages import ToolCall
+from runtime.tools import Result
 
 TurnRole = Literal["user", "assistant"]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """The schema this program writes, kept in the file's `user_version`."""
 
 TITLE_LENGTH: Final = 80
@@ -48,11 +51,14 @@ CREATE TABLE messages (
     level TEXT,
     stop TEXT,
     n_tokens INTEGER NOT NULL DEFAULT 0,
-    tokens_per_second REAL NOT NULL DEFAULT 0
+    tokens_per_second REAL NOT NULL DEFAULT 0,
+    calls TEXT  -- of tools, with their results, as JSON
 );
 CREATE INDEX messages_of_conversation ON messages(conversation);
 CREATE INDEX messages_of_parent ON messages(parent);
 """
+
+_FROM_1: Final = "ALTER TABLE messages ADD COLUMN calls TEXT;\n"
 
 # The index holds no text of its own; triggers keep it in step with the messages.
 _INDEX: Final = """
@@ -92,8 +98,17 @@ class HistoryError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
+class TurnCall:
+    """A call that an answer made, and what became of it."""
+
+    call: ToolCall
+    result: Result | None = None
+    """None: not carried out, because the engine or the program ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One saved message. The last five fields are an answer's."""
+    """One saved message. The last six fields are an answer's."""
 
     id: int
     role: TurnRole
@@ -105,6 +120,8 @@ class Turn:
     """None: cut off, because the engine or the program ended."""
     n_tokens: int = 0
     tokens_per_second: float = 0.0
+    calls: tuple[TurnCall, ...] = ()
+    """Of tools; the answer that they lead to is the next turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +177,9 @@ class History:
                 if self._one("SELECT count(*) FROM sqlite_master") != (0,):
                     raise HistoryError(f"{self._path} is another program's database: choose another file")
                 self._script(_TABLES)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+            elif schema == 1:
+                self._script(_FROM_1)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA}")
             # A SQLite without FTS5 could not run the triggers, so it drops them; the next one with it starts afresh.
             indexed = self._one("SELECT count(*) FROM sqlite_master WHERE name = 'index_insert'") == (1,)
             if indexed and not compiled[0]:
@@ -206,12 +225,13 @@ class History:
         return Turn(identity, role, content, model, level)
 
     def update(self, turn: Turn) -> None:
-        """Write a turn's text and what is known of its end."""
+        """Write a turn's text, its calls, and what is known of its end."""
         with self._writing():
             self._db.execute(
                 "UPDATE messages SET content = ?, stop = ?, n_tokens = ?, tokens_per_second = ? WHERE id = ?",
                 (turn.content, turn.stop, turn.n_tokens, turn.tokens_per_second, turn.id),
             )
+            self._db.execute("UPDATE messages SET calls = ? WHERE id = ?", (_as_json(turn.calls), turn.id))
 
     def set_system(self, conversation: int, system: str | None) -> None:
         """Change a conversation's system prompt; None removes it."""
@@ -228,12 +248,12 @@ class History:
                     UNION ALL
                     SELECT m.parent, depth + 1 FROM path JOIN messages m ON m.id = path.id WHERE m.parent IS NOT NULL
                 )
-                SELECT m.id, role, content, model, level, stop, n_tokens, tokens_per_second
+                SELECT m.id, role, content, model, level, stop, n_tokens, tokens_per_second, calls
                 FROM path JOIN messages m ON m.id = path.id ORDER BY depth DESC
                 """,
                 (conversation,),
             )
-            return [Turn(*row) for row in rows]
+            return [replace(Turn(*row[:-1]), calls=self._calls(row[-1])) for row in rows]
 
     def conversation(self, conversation: int) -> Conversation:
         """One conversation by its number."""
@@ -274,6 +294,15 @@ class History:
                 for identity, title, system, model, updated, n_turns in rows
             ]
 
+    def _calls(self, text: str | None) -> tuple[TurnCall, ...]:
+        try:
+            return tuple(
+                TurnCall(ToolCall(**each["call"]), Result(**each["result"]) if each["result"] is not None else None)
+                for each in json.loads(text or "[]")
+            )
+        except (ValueError, TypeError, KeyError):
+            raise HistoryError(f"the history {self._path} holds calls that cannot be read: {text!r:.100}") from None
+
     def _one(self, sql: str) -> tuple[Any, ...]:
         row: tuple[Any, ...] = self._db.execute(sql).fetchone()
         return row
@@ -311,3 +340,7 @@ class History:
             yield
         except sqlite3.Error as error:
             raise HistoryError(f"the history {self._path} cannot be used: {error}") from error
+
+
+def _as_json(calls: tuple[TurnCall, ...]) -> str | None:
+    return json.dumps([asdict(each) for each in calls]) if calls else None

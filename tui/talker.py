@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.events import LoadEvent, ReplyEvent, Sampling
-from runtime.messages import Message
+from runtime.messages import Message, Tool, ToolChoice
+from runtime.tool_loop import NOT_DONE
 from tui.history import Turn
 
 
@@ -35,8 +36,17 @@ class Talker(Protocol):
         """
         ...
 
-    def reply(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ReplyEvent]:
-        """Answer the last message: `PromptProgress`…, `Piece`…, then `Finished`. `Notice` and `Silent` as in `load`.
+    def reply(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
+    ) -> Iterator[ReplyEvent]:
+        """Answer the last message: `PromptProgress`…, `Piece` and `CallPiece`…, then `Finished`.
+
+        `Notice` and `Silent` as in `load`.
 
         Raises `UserError`. After a `WorkerDiedError` the model must be loaded again, after others it need not.
         """
@@ -58,12 +68,17 @@ def messages_for(system: str | None, turns: Iterable[Turn]) -> list[Message]:
     """What is said to the talker: the system prompt, if any, then users and answers in alternation.
 
     An answer that was stopped before its first word leaves two messages of the user's in a row. Most chat templates
-    refuse that, so they become one, with an empty line between.
+    refuse that, so they become one, with an empty line between. Calls are followed by their results.
     """
     messages = [Message("system", system)] if system else []
     for turn in turns:
-        if messages and messages[-1].role == turn.role:
-            messages[-1] = Message(turn.role, f"{messages[-1].content}\n\n{turn.content}")
+        before = messages[-1] if messages else None
+        if before is not None and before.role == turn.role:
+            text = f"{before.content}\n\n{turn.content}"
+            messages[-1] = Message(turn.role, text, tuple(each.call for each in turn.calls))
         else:
-            messages.append(Message(turn.role, turn.content))
+            messages.append(Message(turn.role, turn.content, tuple(each.call for each in turn.calls)))
+        for each in turn.calls:
+            result = each.result.text if each.result is not None else NOT_DONE
+            messages.append(Message("tool", result, call_id=each.call.id))
     return messages

@@ -20,19 +20,18 @@ _SHOWN = 200
 _MOST_ROUNDS = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, choice: bool = True) -> None:
+    """`choice` is for verbs that ask once."""
     group = parser.add_argument_group("tools")
     group.add_argument("--tools", action="store_true", help="let the model call the tools that `bise tools` lists")
     group.add_argument("--tool", action="append", default=[], metavar="NAME", help="only this one, or such as files_*")
     group.add_argument(
         "--allow-tool", action="append", default=[], metavar="NAME", help="do not ask before this one is called"
     )
-    group.add_argument(
-        "--tool-choice",
-        default="auto",
-        metavar="HOW",
-        help="auto (default), none, any, or the NAME to call first",
-    )
+    if choice:
+        group.add_argument(
+            "--tool-choice", default="auto", metavar="HOW", help="auto (default), none, any, or the NAME to call first"
+        )
     group.add_argument("--max-rounds", type=int, default=10, metavar="N", help="of calls, at most (default: 10)")
 
 
@@ -44,7 +43,7 @@ def opened(arguments: argparse.Namespace, say: Callable[[str], None]) -> "Toolbo
     if not 0 < arguments.max_rounds <= _MOST_ROUNDS:
         raise EngineError(f"--max-rounds {arguments.max_rounds} is not a number from 1 to {_MOST_ROUNDS}")
     if not arguments.tools and not arguments.tool:
-        if arguments.allow_tool or arguments.tool_choice != "auto":
+        if arguments.allow_tool or getattr(arguments, "tool_choice", "auto") != "auto":
             raise EngineError("--allow-tool and --tool-choice go with --tools or --tool")
         return None
     config = read()

@@ -4,26 +4,28 @@ Takes a `Talker` and a `History` and holds the path of turns that is shown. The 
 which post what they give; the history is used from the screen's own thread alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.screen import Screen
-from textual.timer import Timer
 from textual.widgets import Footer, Markdown
 
 from runtime.errors import UserError, WorkerDiedError
 from runtime.events import Finished, Loaded, LoadProgress, Notice, Piece, PromptProgress, Sampling, Silent
+from runtime.tool_loop import Called, Calling, Told
+from runtime.tools import Result, Toolbox
 from tui.history import History, Turn
+from tui.screens.approval import ApprovalScreen
 from tui.screens.conversations import ConversationsScreen
-from tui.screens.keys import KeysScreen
-from tui.screens.live import UNSAVED, LiveAnswer
-from tui.screens.states import NOT_NOW, RELOAD, State, load_figures, prompt_figures, silence
+from tui.screens.keys import CHAT_BINDINGS, KeysScreen
+from tui.screens.live import UNSAVED, GrowingAnswer, LiveAnswer, with_results
+from tui.screens.states import CALLING, NOT_NOW, RELOAD, State, load_figures, prompt_figures, silence
 from tui.screens.system_prompt import SystemPromptScreen
-from tui.screens.threads import LoadNews, ReplyNews, TalkerThreads
+from tui.screens.threads import ApprovalWanted, LoadNews, ReplyNews, TalkerThreads
 from tui.talker import Speaker, Talker, messages_for
 from tui.widgets.composer import Composer
 from tui.widgets.lines import ProgressLine, StatusLine, TitleLine
@@ -31,34 +33,11 @@ from tui.widgets.printable import one_line, printable
 from tui.widgets.transcript import WINDOW, Transcript
 from tui.widgets.turns import AnswerTurn
 
-PAINT_SECONDS = 0.04
-"""A growing answer is painted at most this often."""
-SAVE_SECONDS = 2.0
-"""A growing answer is saved this often; what came after the last time is all that a killed program loses."""
-
 
 class ChatScreen(Screen[None]):
     """One conversation at a time with one talker."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "stop", "Stop"),
-        Binding("f1", "keys", "Keys"),
-        Binding("ctrl+q", "app.quit", "Quit"),
-        Binding("ctrl+n", "new", "New"),
-        Binding("f2,ctrl+o", "conversations", "Open"),
-        Binding("f5", "reload", "Reload"),
-        Binding("f3,ctrl+s", "system", "System"),
-        Binding("f4", "preset", "Preset"),
-        Binding("ctrl+r", "again", "Again"),
-        Binding("ctrl+e", "edit", show=False),
-        # The composer is a TextArea, which has uses of its own for these.
-        Binding("ctrl+y", "copy_answer", show=False, priority=True),
-        Binding("ctrl+c", "interrupt", show=False, priority=True),
-        Binding("pageup", "scroll('page_up')", show=False, priority=True),
-        Binding("pagedown", "scroll('page_down')", show=False, priority=True),
-        Binding("ctrl+home", "scroll('home')", show=False, priority=True),
-        Binding("ctrl+end", "scroll('end')", show=False, priority=True),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = CHAT_BINDINGS
 
     def __init__(
         self,
@@ -71,9 +50,11 @@ class ChatScreen(Screen[None]):
         presets: Mapping[str, Sampling],
         preset: str,
         conversation: int | None,
+        toolbox: Toolbox | None,
+        max_rounds: int,
     ) -> None:
         super().__init__()
-        self._talker = TalkerThreads(talker, self)
+        self._talker = TalkerThreads(talker, self, toolbox, max_rounds)
         self._history = history
         self._speaker = speaker
         self._notice = notice
@@ -85,10 +66,9 @@ class ChatScreen(Screen[None]):
         """The turns shown, first to last, without an answer that still grows."""
         self._editing = False
         """The saved path goes on where the shown one was cut off to edit a message."""
-        self._live: LiveAnswer | None = None
-        self._growing: AnswerTurn
-        self._saver: Timer
-        self._painter: Timer | None = None
+        self._growing: GrowingAnswer | None = None
+        self._calling: AnswerTurn | None = None
+        """The calls of the last turn are carried out, and perhaps answered; its widget."""
         self._state = State.DOWN
         self._silent = False
         """The title says that the engine gives no sign of life."""
@@ -107,18 +87,23 @@ class ChatScreen(Screen[None]):
         self.query_one(StatusLine).show_preset(self._preset)
         self.query_one(Composer).focus()
         await self._show(self._conversation)
-        self._load()
+        self.action_reload()
 
     def on_unmount(self) -> None:
-        """Whatever ends the program, what was said stays."""
-        if self._live is not None:
+        """Whatever ends the program, what was said stays. Nobody is left to approve a call."""
+        self._talker.stop()
+        if self._growing is not None:
             try:
-                self._live.stop = "stopped"
-                self._live.save()
+                self._growing.live.stop = "stopped"
+                self._growing.live.save()
             except UserError as error:
                 self.app.exit(return_code=1, message=Text(str(error)))
 
     # The state
+
+    @property
+    def _answering(self) -> bool:
+        return self._growing is not None or self._calling is not None
 
     def _enter(self, state: State, words: str | None = None) -> None:
         """Go to `state` and show it, in `words` of its own if there are any."""
@@ -129,30 +114,26 @@ class ChatScreen(Screen[None]):
 
     def check_action(self, action: str, _parameters: tuple[object, ...]) -> bool | None:
         """Offer only what the state allows; hidden keys do nothing."""
-        answering = self._live is not None
         match action:
             case "stop":
                 return self._state in (State.ANSWERING, State.LOADING) or self._editing
             case "new" | "conversations" | "system" | "preset":
-                return not answering
+                return not self._answering
             case "again":
                 return self._state is State.READY and bool(self._path) and not self._editing
             case "edit":
-                return not answering and bool(self._path) and not self._editing
+                return not self._answering and bool(self._path) and not self._editing
             case "reload":
                 return self._state is State.DOWN
         return True
 
     # Loading
 
-    def action_reload(self) -> None:
-        self._load()
-
     def on_fault_chosen(self) -> None:
         if self._state is State.DOWN:
-            self._load()
+            self.action_reload()
 
-    def _load(self) -> None:
+    def action_reload(self) -> None:
         self._enter(State.LOADING)
         self._talker.load()
 
@@ -208,86 +189,106 @@ class ChatScreen(Screen[None]):
 
     async def _answer(self) -> None:
         """Have the talker answer the path, which ends with the user."""
-        assert self._conversation is not None  # a path is in a conversation
-        self._live = LiveAnswer(self._history, self._conversation, self._tip, self._speaker)
-        self._growing = await self.query_one(Transcript).add_growing(self._live.turn)
-        self._saver = self.set_interval(SAVE_SECONDS, self._save)
+        await self._begin()
         self._enter(State.ANSWERING)
         self._talker.reply(messages_for(self._system, self._path), self._presets[self._preset])
 
+    async def _begin(self) -> None:
+        """An answer begins to grow behind the path."""
+        assert self._conversation is not None  # a path is in a conversation
+        live = LiveAnswer(self._history, self._conversation, self._tip, self._speaker)
+        widget = await self.query_one(Transcript).add_growing(live.turn)
+        self._growing, self._calling = GrowingAnswer(live, widget, self, self._fault), None
+
     async def on_reply_news(self, news: ReplyNews) -> None:
-        live = self._live
-        assert live is not None  # it ends with the thread's last event
+        if self._growing is None and isinstance(news.event, PromptProgress | Piece | Finished):
+            await self._begin()  # what was called is answered
+        growing = self._growing
         match news.event:
             case PromptProgress() as reading:
                 self._enter(self._state, prompt_figures(reading))
             case Piece() as piece:
-                if live.n_tokens == 0 or self._silent:
+                assert growing is not None
+                if growing.live.n_tokens == 0 or self._silent:
                     self._silent = False
                     self._enter(self._state)
-                live.hear(piece)
-                if self._painter is None:
-                    self._painter = self.set_timer(PAINT_SECONDS, self._paint)
+                growing.hear(piece)
             case Notice(text):
                 await self.query_one(Transcript).add_notice(text)
             case Silent(seconds):
                 self._silent = True
                 self._enter(self._state, silence(seconds))
             case Finished() as finished:
-                live.end(finished)
-                await self._finish(live)
-                self._enter(State.READY)
-                status = self.query_one(StatusLine)
-                status.show_answer(
-                    live.n_tokens, live.tokens_per_second, finished.first_token_seconds, finished.accepted_tokens
-                )
-                status.show_context(finished.context_used, finished.n_ctx)
+                assert growing is not None
+                await self._finish(growing, finished)
+            case Calling():
+                self._enter(self._state, CALLING)
+            case Called() as called:
+                await self._show_results({called.call.id: called.result}, waits=True)
+            case Told():
+                await self._show_results({}, waits=False)
             case UserError() as error:
-                await self._finish(live)
+                if growing is not None:
+                    await self._end(growing)
+                self._calling = None
                 died = isinstance(error, WorkerDiedError)
                 self._enter(State.DOWN if died else State.READY)
                 await self._fault(error, RELOAD if died else None)
 
-    async def _paint(self) -> None:
-        self._painter = None
-        if self._live is not None and self._live.n_tokens:
-            await self._live.paint(self._growing)
-            self.query_one(StatusLine).show_answer(self._live.n_tokens, self._live.tokens_per_second)
+    async def on_reply_ended(self) -> None:
+        if self._calling is not None:  # it was stopped there
+            self._calling = None
+            self._enter(State.READY)
 
-    async def _save(self) -> None:
-        if self._live is not None:
-            try:
-                self._live.save()
-            except UserError as error:
-                self._saver.stop()  # one line is enough
-                await self._fault(error)
+    async def _finish(self, growing: GrowingAnswer, finished: Finished) -> None:
+        """The answer, or a part of it that ends in calls, is complete."""
+        growing.live.end(finished)
+        await self._end(growing)
+        status = self.query_one(StatusLine)
+        status.show_answer(
+            growing.live.n_tokens,
+            growing.live.tokens_per_second,
+            finished.first_token_seconds,
+            finished.accepted_tokens,
+        )
+        status.show_context(finished.context_used, finished.n_ctx)
+        if finished.calls:
+            self._calling = growing.widget
+        else:
+            self._enter(State.READY)
 
-    async def _finish(self, live: LiveAnswer) -> None:
+    async def _end(self, growing: GrowingAnswer) -> None:
         """Keep what was said of an answer that ended, in whatever way."""
-        self._saver.stop()
-        await self._save()
-        await self._paint()
-        self._live = None
-        if live.text:
-            self._path.append(live.turn)
-            await self._growing.finish(live.turn)
-            return
-        await self._growing.remove()
-        if live.stop == "end":
+        await growing.end()
+        self._growing = None
+        if growing.is_something:
+            self._path.append(growing.live.turn)
+        elif growing.live.stop == "end":
             self._hint("The model had nothing to say.")
+
+    async def _show_results(self, results: Mapping[str, Result], *, waits: bool) -> None:
+        """Results of the last turn's calls, by the calls' ids, have come; `waits`: others have not."""
+        assert self._calling is not None
+        turn = self._path[-1] = with_results(self._path[-1], results)
+        self._calling.show_calls(turn, waits=waits)
+        if turn.id != UNSAVED and results:
+            await self._write(lambda: self._history.update(turn))
+
+    async def on_approval_wanted(self, wanted: ApprovalWanted) -> None:
+        self.app.push_screen(ApprovalScreen(wanted.call), lambda answer: wanted.answer.put(answer or "no"))
 
     # What the keys do
 
     async def action_stop(self) -> None:
         """Stop the answer or the load; else give up editing."""
-        if self._live is not None or self._state is State.LOADING:
+        if self._answering or self._state is State.LOADING:
             self._enter(State.STOPPING)
             self._talker.stop()
         elif self._editing:
             await self._show(self._conversation)
 
     async def action_interrupt(self) -> None:
-        if self._live is not None or self._state is State.LOADING:
+        if self._answering or self._state is State.LOADING:
             await self.action_stop()
         elif text := self.query_one(Composer).selected_text or self.get_selected_text():
             self._copy(text)
@@ -306,8 +307,11 @@ class ChatScreen(Screen[None]):
 
     async def action_again(self) -> None:
         """Answer the last message once more; the old answer stays in the history, on a branch of its own."""
-        if self._path[-1].role == "assistant":
-            await self.query_one(Transcript).remove_from(self._path.pop())
+        old = None
+        while self._path and self._path[-1].role == "assistant":  # with the turns before that called tools
+            old = self._path.pop()
+        if old is not None:
+            await self.query_one(Transcript).remove_from(old)
         await self.query_one(Transcript).remove_faults()
         await self._answer()
 
@@ -344,11 +348,8 @@ class ChatScreen(Screen[None]):
             return
         self._system = text or None
         self.query_one(Transcript).show_system(self._system)
-        if self._conversation is not None:
-            try:
-                self._history.set_system(self._conversation, self._system)
-            except UserError as error:
-                await self._fault(error)
+        if (conversation := self._conversation) is not None:
+            await self._write(lambda: self._history.set_system(conversation, self._system))
 
     def action_preset(self) -> None:
         """Go to the next sampling preset; it holds from the next answer on."""
@@ -380,6 +381,13 @@ class ChatScreen(Screen[None]):
         self.query_one(StatusLine).clear(self._n_ctx)
         self.query_one(Composer).focus()
         self.refresh_bindings()
+
+    async def _write(self, write: Callable[[], None]) -> None:
+        """Change the history, or show why it cannot be."""
+        try:
+            write()
+        except UserError as error:
+            await self._fault(error)
 
     async def _fault(self, error: UserError, remedy: str | None = None) -> None:
         await self.query_one(Transcript).add_fault(str(error), remedy)

@@ -1,4 +1,4 @@
-"""The list of keys."""
+"""The chat's keys, and the list of them."""
 
 from typing import ClassVar, Final
 
@@ -22,9 +22,32 @@ _KEYS: Final = (
     ("F3, Ctrl+S", "system prompt"),
     ("F4", "next sampling preset"),
     ("F5", "load the model again after a fault"),
+    ("Tab, Enter", "go to a call of a tool, open and close it"),
     ("PgUp, PgDn", "scroll; Ctrl+Home and Ctrl+End go to the ends"),
     ("Ctrl+Q", "quit; an answer in progress is kept"),
 )
+
+
+CHAT_BINDINGS: Final[list[BindingType]] = [
+    Binding("escape", "stop", "Stop"),
+    Binding("f1", "keys", "Keys"),
+    Binding("ctrl+q", "app.quit", "Quit"),
+    Binding("ctrl+n", "new", "New"),
+    Binding("f2,ctrl+o", "conversations", "Open"),
+    Binding("f5", "reload", "Reload"),
+    Binding("f3,ctrl+s", "system", "System"),
+    Binding("f4", "preset", "Preset"),
+    Binding("ctrl+r", "again", "Again"),
+    Binding("ctrl+e", "edit", show=False),
+    # The composer is a TextArea, which has uses of its own for these.
+    Binding("ctrl+y", "copy_answer", show=False, priority=True),
+    Binding("ctrl+c", "interrupt", show=False, priority=True),
+    Binding("pageup", "scroll('page_up')", show=False, priority=True),
+    Binding("pagedown", "scroll('page_down')", show=False, priority=True),
+    Binding("ctrl+home", "scroll('home')", show=False, priority=True),
+    Binding("ctrl+end", "scroll('end')", show=False, priority=True),
+]
+"""What they do in the chat."""
 
 
 class KeysScreen(ModalScreen[None]):

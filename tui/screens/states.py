@@ -5,6 +5,7 @@ from enum import Enum
 from runtime.events import LoadProgress, PromptProgress
 from tui.units import duration, gigabytes
 
+CALLING = "calling tools"
 RELOAD = "F5 loads the model again"
 
 

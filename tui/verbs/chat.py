@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tui import tool_use
 from tui.choose import add_model_arguments
 from tui.engine_options import add_engine_arguments, add_sampling_arguments
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_engine_arguments(parser)
     add_sampling_arguments(parser)
+    tool_use.add_arguments(parser, choice=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,24 +57,30 @@ def _chat(arguments: argparse.Namespace, history: "History") -> int:
 
     choice = choose(arguments.model, arguments.level, arguments.models, lambda line: print(line, file=sys.stderr))
     settings = presets(arguments, choice.file)
-    session = Session(choice.file.load(engine_settings(arguments, choice.file)))
+    load = choice.file.load(engine_settings(arguments, choice.file))
+    faults: list[str] = []
+    toolbox = tool_use.opened(arguments, faults.append)
+    session = Session(load)
     app = chat_app(
         session,
         history,
         title=choice.file.title,
-        notice=choice.notice,
+        notice=" ".join(filter(None, [choice.notice, *faults])) or None,
         system=arguments.system,
         presets=settings,
         preset=arguments.preset,
         conversation=arguments.conversation,
         model_key=choice.file.key,
         level=choice.file.level,
+        toolbox=toolbox,
+        max_rounds=arguments.max_rounds,
     )
     remember(choice)
     try:
         app.run()
     finally:
         session.close()
+        tool_use.close(toolbox)
     return app.return_code or 0
 
 

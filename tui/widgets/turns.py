@@ -14,11 +14,13 @@ from textual.widgets import Label, Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
 from tui.history import Turn
+from tui.widgets.calls import CallBlock
 from tui.widgets.printable import counted, one_line, printable
 
 _ENDS = {
     None: "cut off",
     "end": "",
+    "calls": "",
     "length": "length limit reached",
     "stopped": "stopped",
     "context": "context full",
@@ -94,6 +96,7 @@ class AnswerTurn(Vertical):
         yield Label(Content(self._speaker), classes="speaker")
         # Links are copied, not opened: a browser started over SSH would take the terminal.
         yield Markdown(printable(self.turn.content), parser_factory=_parser, open_links=False)
+        yield from map(CallBlock, self.turn.calls)
         figures = Label(Content("" if self._growing else _figures(self.turn)), classes="figures")
         figures.display = not self._growing
         yield figures
@@ -108,14 +111,21 @@ class AnswerTurn(Vertical):
         await self._stream.write(text)
 
     async def finish(self, turn: Turn) -> None:
-        """The answer is complete: show its figures."""
+        """The answer is complete: show its calls, whose results are still to come, and its figures."""
         if self._stream is not None:
             await self._stream.stop()
             self._stream = None
         self.turn = turn
         figures = self.query_one(".figures", Label)
+        await self.mount_all((CallBlock(done, waits=True) for done in turn.calls), before=figures)
         figures.update(Content(_figures(turn)))
         figures.display = True
+
+    def show_calls(self, turn: Turn, *, waits: bool) -> None:
+        """Results have come; `waits`: others have not."""
+        self.turn = turn
+        for block, done in zip(self.query(CallBlock), turn.calls, strict=True):
+            block.show(done, waits=waits and done.result is None)
 
 
 def _figures(turn: Turn) -> str:

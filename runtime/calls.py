@@ -13,7 +13,7 @@ Three forms are read:
 Where the opening is one token it is known by its id alone: text that spells it stays text.
 
 Text and arguments are given on as they come, in time linear in the answer. Whatever comes is taken: what is wrong with
-a call is kept in words for the model. Knows nothing of schemas (arguments.py) or of how tokens are drawn.
+a call is kept in words for the model. Knows nothing of schemas (tool_arguments.py) or of how tokens are drawn.
 """
 
 import codecs

@@ -273,6 +273,7 @@ async def test_the_next_question_carries_the_conversation(engine: FakeEngine, hi
         await chat.send("first")
         await chat.press("f4")
         assert chat.status("preset") == "precise"
+        await chat.until(lambda: "temperature 0.2 → draw" in chat.seen)
         await chat.send("second")
     messages, sampling = engine.prompts[1]
     assert messages == [Message("user", "first"), Message("assistant", "one"), Message("user", "second")]

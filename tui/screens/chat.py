@@ -16,6 +16,7 @@ from textual.widgets import Footer, Markdown
 
 from runtime.errors import UserError, WorkerDiedError
 from runtime.events import Finished, Loaded, LoadProgress, Notice, Piece, PromptProgress, Sampling, Silent
+from runtime.sampling import describe
 from runtime.tool_loop import Called, Calling, Told
 from runtime.tools import Result, Toolbox
 from tui.history import History, Turn
@@ -67,11 +68,9 @@ class ChatScreen(Screen[None]):
         self._editing = False
         """The saved path goes on where the shown one was cut off to edit a message."""
         self._growing: GrowingAnswer | None = None
-        self._calling: AnswerTurn | None = None
-        """The calls of the last turn are carried out, and perhaps answered; its widget."""
+        self._calling: AnswerTurn | None = None  # the last turn's, whose calls are carried out and perhaps answered
         self._state = State.DOWN
-        self._silent = False
-        """The title says that the engine gives no sign of life."""
+        self._silent = False  # the title says that the engine gives no sign of life
         self._n_ctx: int | None = None
 
     def compose(self) -> ComposeResult:
@@ -356,6 +355,7 @@ class ChatScreen(Screen[None]):
         names = list(self._presets)
         self._preset = names[(names.index(self._preset) + 1) % len(names)]
         self.query_one(StatusLine).show_preset(self._preset)
+        self._hint(f"{self._preset}: {describe(self._presets[self._preset])}")
 
     def action_scroll(self, where: str) -> None:
         getattr(self.query_one(Transcript), f"scroll_{where}")(animate=False)

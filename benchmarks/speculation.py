@@ -44,7 +44,7 @@ def pairs(load: Load, n_answer: int, rounds: int, draft_model: Path | None = Non
     found = []
     with ExitStack() as stack:
         plain = _loaded(load, load.settings, stack)
-        guessing = _loaded(load, replace(load.settings, drafts=True, draft_model=draft_model), stack)
+        guessing = _loaded(load, replace(load.settings, drafts="always", draft_model=draft_model), stack)
         for i in range(rounds):
             for name, question in questions().items():
                 both = [_answer(session, question, n_answer) for session in (plain, guessing)[:: -1 if i % 2 else 1]]

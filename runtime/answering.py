@@ -12,6 +12,7 @@ from runtime.engine import Engine
 from runtime.errors import EngineError
 from runtime.events import (
     CallPiece,
+    Drafts,
     Drawn,
     Event,
     Finished,
@@ -40,8 +41,9 @@ Emit = Callable[[Event], None]
 class Answerer:
     """A loaded model and its prompt format."""
 
-    def __init__(self, engine: Engine, prompts: Prompter) -> None:
-        self._engine, self._prompts = engine, prompts
+    def __init__(self, engine: Engine, prompts: Prompter, drafts: Drafts = "always") -> None:
+        """`drafts` says for which answers the engine may guess, if it can."""
+        self._engine, self._prompts, self._drafts = engine, prompts, drafts
         self._told: set[str] = set()  # notices
 
     @classmethod
@@ -97,7 +99,7 @@ class Answerer:
                 seconds=time.monotonic() - started,
             )
         )
-        return cls(engine, prompts)
+        return cls(engine, prompts, load.settings.drafts)
 
     def reply(self, reply: Reply, emit: Emit) -> None:
         """Answer, emitting progress, pieces and `Finished`. Raises UserError; what was read stays in the KV cache."""
@@ -123,8 +125,7 @@ class Answerer:
         try:
             self._engine.read(ids, progress)
             answering = time.monotonic()
-            # Kernels round otherwise for several tokens than for one, and a seed is given to repeat an answer exactly.
-            drafting = reply.sampling.seed is None
+            drafting = reply.sampling.seed is None and (reply.sampling.temperature > 0 or self._drafts == "always")
             grammar = plan.grammars.get(plan.reader.place, reply.grammar)
             sampling = self._engine.start_sampling(reply.sampling, grammar, drafting=drafting, forbidden=plan.forbidden)
             reason, n_answer, first = self._draw(reply, plan, emit)

@@ -39,7 +39,7 @@ class Engine:
     def __init__(self, path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None = None) -> None:
         n_batch = min(settings.n_batch, settings.n_ctx)
         n_ubatch = min(settings.n_ubatch, n_batch)
-        speculates = settings.drafts or settings.draft_model is not None
+        speculates = settings.drafts != "off"
         self._most_drafts = min(MOST_DRAFTS, n_ubatch - 1) if speculates else 0
         n_branches, n_outputs = settings.n_branches, max(1 + self._most_drafts, settings.n_branches)
         self._model, self._draft_model = _open(path, settings, progress, n_outputs)

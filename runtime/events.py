@@ -13,6 +13,9 @@ from runtime.grammar import Grammar
 from runtime.messages import Message, Tool, ToolCall, ToolChoice
 from runtime.sampling import Sampling as Sampling  # part of every reply: named here too
 
+Drafts = Literal["off", "auto", "always"]
+"""When next tokens are guessed."""
+
 StopReason = Literal["end", "calls", "length", "stopped", "context"]
 """Why a reply ended: the model ended it, with calls or without, `max_tokens`, the user stopped it, or the context is
 full."""
@@ -44,8 +47,12 @@ class EngineSettings:
     """host:port of llama.cpp RPC devices. The protocol has no authentication."""
     use_extra_bufts: bool = True
     """CPU weight repacking. False avoids the AMX code that GCC 12 miscompiles."""
-    drafts: bool = False
-    """Guess the next tokens by what followed before in the text, and compute several at once (speculation.py)."""
+    drafts: Drafts = "off"
+    """Guess the next tokens by what followed before in the text, and compute several at once (speculation.py).
+
+    `auto`: where the answer is drawn at random anyway, at a temperature above 0 without a seed; `always`: also at 0.
+    Never with a seed: kernels round otherwise for several tokens than for one, and a seed is given to repeat an answer.
+    """
     n_branches: int = 1
     """Conversations, or branches of one, that the KV cache holds besides each other as long as there is room."""
     draft_model: Path | None = None

@@ -25,7 +25,7 @@ def settings(*arguments: str) -> EngineSettings:
 
 
 def test_what_is_not_given_is_the_engines_default() -> None:
-    assert settings() == EngineSettings(n_ctx=FILE.context, drafts=True, n_branches=4)
+    assert settings() == EngineSettings(n_ctx=FILE.context, drafts="auto", n_branches=4)
 
 
 def test_what_is_given_arrives() -> None:
@@ -41,7 +41,8 @@ def test_a_draft_model_is_named_like_any_model(tmp_path: Path) -> None:
     path = tmp_path / "small-Q4_K_M.gguf"
     path.write_bytes(b"GGUF")
     given = settings("--draft", str(path))
-    assert (given.drafts, given.draft_model) == (True, path)
+    assert (given.drafts, given.draft_model) == ("always", path)
+    assert (settings("--draft=lookup").drafts, settings("--draft=off").drafts) == ("always", "off")
     with pytest.raises(UserError, match="no such file"):
         settings("--draft", str(tmp_path / "other.gguf"))
 

@@ -164,7 +164,9 @@ def test_whatever_happens_the_logits_are_those_of_a_fresh_cache(
     """Turns of five conversations at random, that go on, branch off, are aborted or filled to the end."""
     monkeypatch.setattr(Costs, "ratio", lambda *_: 1.0)
     monkeypatch.setattr(Costs, "most", lambda *_: 16)
-    engine = opened(drafts=drafts, draft_model=demo_levels["Q2_K"] if drafts else None, kept_kv_bytes=1 << 26)
+    engine = opened(
+        drafts="always" if drafts else "off", draft_model=demo_levels["Q2_K"] if drafts else None, kept_kv_bytes=1 << 26
+    )
     fresh = opened(n_branches=1)
     chance = random.Random(7)
     conversations = [text(i, chance.randrange(20, 200)) for i in range(5)]

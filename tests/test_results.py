@@ -121,6 +121,7 @@ def test_the_form_is_that_of_its_schema(tmp_path: Path) -> None:
         (lambda data: data["results"][0].update(tokens=1.5), "tokens of item 0 .* of type int"),
         (lambda data: data["results"][0].update(ppl=True), "ppl of item 0 .* of type float"),
         (lambda data: data.update(results={}), "results of the file is not a list"),
+        (lambda data: data["settings"].update(drafts="now"), "drafts of settings .* is not one of off, auto, always"),
         (lambda data: data["environment"].update(system_info=[]), "system_info of .* is not an object"),
         (lambda data: data["models"][0]["files"][0].update(extra=1), "item 0 of files of item 0 of models"),
     ],

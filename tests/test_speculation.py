@@ -100,7 +100,7 @@ def assert_same(plain: Engine, text: str, expected: Sequence[int], found: Sequen
 def test_the_likeliest_tokens_stay_the_same(
     model: str | None, text: str, opened: Callable[..., Engine], demo: Path, demo_levels: dict[str, Path]
 ) -> None:
-    plain, drafted = opened(demo), opened(demo, drafts=True, draft_model=demo_levels[model] if model else None)
+    plain, drafted = opened(demo), opened(demo, drafts="always", draft_model=demo_levels[model] if model else None)
     expected, found = answer(plain, text, 120), answer(drafted, text, 120)
     assert_same(plain, text, expected, found)
     assert plain.n_drafted == 0
@@ -122,7 +122,7 @@ def test_every_sampler_draws_as_it_did(
     sampling: Sampling, opened: Callable[..., Engine], demo_levels: dict[str, Path]
 ) -> None:
     path = demo_levels["Q8_0"]
-    plain, drafted = opened(path, n_ubatch=2), opened(path, n_ubatch=2, drafts=True)
+    plain, drafted = opened(path, n_ubatch=2), opened(path, n_ubatch=2, drafts="always")
     n_accepted = 0
     for text in PROMPTS[1:]:
         assert answer(plain, text, 80, sampling) == answer(drafted, text, 80, sampling)
@@ -132,7 +132,7 @@ def test_every_sampler_draws_as_it_did(
 
 def test_a_grammar_holds_the_answer_as_it_did(opened: Callable[..., Engine], demo_levels: dict[str, Path]) -> None:
     path = demo_levels["Q8_0"]
-    plain, drafted = opened(path, n_ubatch=2), opened(path, n_ubatch=2, drafts=True)
+    plain, drafted = opened(path, n_ubatch=2), opened(path, n_ubatch=2, drafts="always")
     grammar = Grammar('root ::= ("[" [a-c]+ "] ")+')
     text = "[abc] [abc] [abc] [abc] [abc] "
     sampling = Sampling(temperature=1.0, seed=2)
@@ -145,7 +145,7 @@ def test_a_grammar_holds_the_answer_as_it_did(opened: Callable[..., Engine], dem
 def test_every_row_has_the_logits_of_its_token(
     model: str | None, opened: Callable[..., Engine], demo: Path, demo_levels: dict[str, Path]
 ) -> None:
-    plain, drafted = opened(demo), opened(demo, drafts=True, draft_model=demo_levels[model] if model else None)
+    plain, drafted = opened(demo), opened(demo, drafts="always", draft_model=demo_levels[model] if model else None)
     ids = plain.vocabulary.tokenize(2 * PROSE[:500], bos=True)
     for engine in (plain, drafted):
         engine.read(ids[:150], ignore)
@@ -159,7 +159,7 @@ def test_every_row_has_the_logits_of_its_token(
 
 
 def test_after_an_abort_the_cache_holds_what_was_drawn(opened: Callable[..., Engine], demo: Path) -> None:
-    plain, stopped = opened(demo), opened(demo, drafts=True)
+    plain, stopped = opened(demo), opened(demo, drafts="always")
     text = PROMPTS[3]
     ids = plain.vocabulary.tokenize(text, bos=True)
     for n in range(1, 40, 3):
@@ -176,7 +176,7 @@ def test_after_an_abort_the_cache_holds_what_was_drawn(opened: Callable[..., Eng
 
 
 def test_guesses_end_where_the_context_does(opened: Callable[..., Engine], demo: Path) -> None:
-    plain, drafted = opened(demo, n_ctx=256), opened(demo, n_ctx=256, drafts=True)
+    plain, drafted = opened(demo, n_ctx=256), opened(demo, n_ctx=256, drafts="always")
     text = PROMPTS[3]
     expected, found = (answer(engine, text, 1000) for engine in (plain, drafted))
     assert len(expected) == len(found) == 256 - len(plain.vocabulary.tokenize(text, bos=True))
@@ -185,7 +185,7 @@ def test_guesses_end_where_the_context_does(opened: Callable[..., Engine], demo:
 
 
 def test_an_answer_tells_its_guesses_and_a_seed_has_none(opened: Callable[..., Engine], demo: Path) -> None:
-    engine = opened(demo, drafts=True)
+    engine = opened(demo, drafts="always")
     template, tokenizer = engine.chat_template(), DEMO / "tokenizer.model"
     answerer = Answerer(engine, prompter("mistral-v3", engine.vocabulary, template=template, tokenizer=tokenizer))
     question = (Message("user", PROMPTS[3]),)
@@ -199,17 +199,31 @@ def test_an_answer_tells_its_guesses_and_a_seed_has_none(opened: Callable[..., E
     assert (ends[1].drafted_tokens, ends[1].accepted_tokens) == (0, 0)
 
 
+@pytest.mark.parametrize(("temperature", "guesses"), [(0.0, False), (0.01, True)])
+def test_by_default_only_what_is_drawn_at_random_is_guessed(
+    temperature: float, guesses: bool, opened: Callable[..., Engine], demo: Path
+) -> None:
+    engine = opened(demo, drafts="always")
+    template, tokenizer = engine.chat_template(), DEMO / "tokenizer.model"
+    prompts = prompter("mistral-v3", engine.vocabulary, template=template, tokenizer=tokenizer)
+    events: list[Event] = []
+    sampling = Sampling(temperature=temperature, max_tokens=60)
+    Answerer(engine, prompts, "auto").reply(Reply((Message("user", PROMPTS[3]),), sampling), events.append)
+    (end,) = (event for event in events if isinstance(event, Finished))
+    assert (end.drafted_tokens > 0) == guesses
+
+
 def test_a_model_that_talks_says_the_same(opened: Callable[..., Engine], smollm2: Path) -> None:
     text = "<|im_start|>user\nRepeat this line:\n" + "The quick brown fox jumps over the lazy dog. " * 2
     text += "<|im_end|>\n<|im_start|>assistant\n"
-    plain, drafted = opened(smollm2), opened(smollm2, drafts=True)
+    plain, drafted = opened(smollm2), opened(smollm2, drafts="always")
     expected, found = answer(plain, text, 60), answer(drafted, text, 60)
     assert_same(plain, text, expected, found)
     assert drafted.n_accepted > 20
 
 
 def test_without_drafting_nothing_is_guessed(opened: Callable[..., Engine], demo: Path) -> None:
-    engine = opened(demo, drafts=True)
+    engine = opened(demo, drafts="always")
     answer(engine, PROMPTS[3], 40)
     assert engine.n_drafted > 0
     engine.read(engine.vocabulary.tokenize(PROMPTS[3], bos=True), ignore)
@@ -223,7 +237,7 @@ def test_what_is_kept_on_the_disk_has_no_guesses_in_it(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    settings = replace(SETTINGS, drafts=True, kept_kv_bytes=1 << 30)
+    settings = replace(SETTINGS, drafts="always", kept_kv_bytes=1 << 30)
     engine, again = Engine(demo, settings), Engine(demo, settings)
     assert engine._speculation is not None
     engine._speculation._costs = FreeCosts()

@@ -18,7 +18,7 @@ from runtime.calls import CallForm
 from runtime.drafting import Costs
 from runtime.engine import Engine
 from runtime.errors import EngineError
-from runtime.events import CallPiece, EngineSettings, Event, Finished, Load, Notice, Piece, Reply
+from runtime.events import CallPiece, Drafts, EngineSettings, Event, Finished, Load, Notice, Piece, Reply
 from runtime.grammar import Grammar
 from runtime.messages import Message, NamedTool, Tool, ToolCall
 from runtime.native import Vocabulary
@@ -70,7 +70,10 @@ class FreeCosts(Costs):
         pass
 
 
-def opened(path: Path, *, drafts: bool = False, n_ubatch: int = 256) -> Answerer:
+DRAFTS: tuple[Drafts, ...] = ("off", "always")
+
+
+def opened(path: Path, *, drafts: Drafts = "off", n_ubatch: int = 256) -> Answerer:
     engine = Engine(path, EngineSettings(1024, 256, n_ubatch, n_threads=1, drafts=drafts))
     if engine._speculation is not None:
         engine._speculation._costs = FreeCosts()
@@ -193,7 +196,7 @@ def test_text_may_stand_before_calls(answerer: Answerer) -> None:
 
 def test_guesses_change_no_calls(demo_levels: dict[str, Path]) -> None:
     """Two tokens at once give the logits of one, bit by bit (test_speculation.py)."""
-    answerers = [opened(demo_levels["Q8_0"], drafts=drafts, n_ubatch=2) for drafts in (False, True)]
+    answerers = [opened(demo_levels["Q8_0"], drafts=drafts, n_ubatch=2) for drafts in DRAFTS]
     n_accepted = 0
     replies: list[dict[str, Any]] = [
         {"tool_choice": "any"},

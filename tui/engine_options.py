@@ -15,7 +15,8 @@ from runtime.sampling import NAMES, WHOLE, Sampling
 DEFAULT_PRESET = "factual"
 
 _MOST_BRANCHES = 256  # llama.cpp's LLAMA_MAX_SEQ
-_DRAFT_OFF, _DRAFT_LOOKUP = "off", "lookup"
+_DRAFT_OFF, _DRAFT_AUTO, _DRAFT_LOOKUP = "off", "auto", "lookup"
+_DRAFTS = (_DRAFT_OFF, _DRAFT_AUTO, _DRAFT_LOOKUP)
 
 _SETTINGS = {
     "temperature": "0 takes the likeliest token",
@@ -79,10 +80,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
         )
         group.add_argument(
             "--draft",
-            default="lookup",
+            default=_DRAFT_AUTO,
             metavar="HOW",
-            help="guess next tokens and compute several at once: by what followed before in the text (lookup, the "
-            "default), besides by a small MODEL of the same vocabulary, or not (off); with --seed none are",
+            help="guess next tokens and compute several at once: by what followed before in the text, where the "
+            "temperature is above 0 (auto, the default) or always (lookup); besides by a small MODEL of the same "
+            "vocabulary; or not (off); with --seed none are",
         )
     group.add_argument(
         "--rpc",
@@ -141,9 +143,9 @@ def engine_settings(arguments: argparse.Namespace, file: ModelFile | None) -> En
         n_gpu_layers=arguments.gpu_layers,
         n_threads=arguments.threads,
         rpc_servers=tuple(server for server in arguments.rpc.split(",") if server),
-        drafts=draft != _DRAFT_OFF,
+        drafts="off" if draft == _DRAFT_OFF else "auto" if draft == _DRAFT_AUTO else "always",
         n_branches=n_branches,
-        draft_model=None if draft in (_DRAFT_OFF, _DRAFT_LOOKUP) else _model_file(draft, arguments.models),
+        draft_model=_model_file(draft, arguments.models) if draft not in _DRAFTS else None,
         kept_kv_bytes=parse_bytes(kept) if (kept := getattr(arguments, "keep_kv", None)) else 0,
     )
 

@@ -219,10 +219,13 @@ class _MismatchError(Exception):
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
-    """JSON data → a value of the annotated type: a dataclass, a tuple, a mapping, a union with None, or a scalar."""
+    """JSON data → a value of the annotated type: dataclass, tuple, mapping, union with None, choice or scalar."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         return None if data is None else _value(arguments[0], data, where)
+    if origin is typing.Literal:
+        _expect(data in arguments, where, f"one of {', '.join(arguments)}")
+        return data
     if is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}

@@ -67,7 +67,8 @@ class Engine:
         self._stride = Stride(n_ubatch, n_batch)
         self._cache = KvCache(self._context, n_branches)
         self._n_drafts = 0  # so many of its last ids are guesses that are not drawn yet
-        self._n_rows, self._row = 1, 0  # of logits from the last decode; where `next` draws from
+        self._rows: NDArray[np.float32] | None = None  # logits of the last decode
+        self._row = 0  # where `next` draws from
         self._drafter: Speculation | None = None  # of the answer that is being drawn
         self.n_drafted = 0
         """Guesses computed since `start_sampling`."""
@@ -201,7 +202,8 @@ class Engine:
 
     def logits(self) -> NDArray[np.float32]:
         """Logits after the last id, (n_vocab,): a view that the next decode overwrites."""
-        row: NDArray[np.float32] = self._context.logits(self._n_rows)[self._row]
+        assert self._rows is not None, "read comes first"
+        row: NDArray[np.float32] = self._rows[self._row]
         return row
 
     def abort(self, wanted: bool = True) -> None:
@@ -230,13 +232,13 @@ class Engine:
 
     def _decode(self, ids: Sequence[int], n_rows: int) -> None:
         """Compute ids, and logits behind each of the last `n_rows`: of these all but the first are drafts."""
+        self._rows = None  # a view that the decode overwrites
         end = len(self._cache.ids) + len(ids) - n_rows + 1
         try:
             self._cache.decode(ids, n_rows)
         finally:
             self._n_drafts = max(0, len(self._cache.ids) - end)
-        self._n_rows, self._row = n_rows, 0
-        self.logits()  # waits for GPUs
+        self._rows, self._row = self._context.logits(n_rows), 0  # waits for GPUs
 
 
 def _open(

@@ -88,6 +88,8 @@ class Context:
                 "take a smaller --context or a smaller --kv"
             )
         self._memory = lib.llama_get_memory(self._context)
+        self._logits_place = (0, 0)
+        self._logits: NDArray[np.float32]
         self._batch = lib.llama_batch_init(settings.n_batch, 0, 1)
         self._tokens = _view(self._batch.token, settings.n_batch)
         self._positions = _view(self._batch.pos, settings.n_batch)
@@ -139,7 +141,11 @@ class Context:
     def logits(self, n_outputs: int) -> NDArray[np.float32]:
         """Rows asked for in the last decode, (n_outputs, n_vocab): a view that the next decode overwrites."""
         pointer = lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, (n_outputs, self._n_vocab))
+        place = ctypes.addressof(pointer.contents), n_outputs
+        if place != self._logits_place:  # the array costs more than a sampler
+            self._logits_place = place
+            self._logits = np.ctypeslib.as_array(pointer, (n_outputs, self._n_vocab))
+        return self._logits
 
     def forget(self, sequence: int, from_position: int) -> bool:
         """Drop a sequence's positions from there on; False where the model's memory cannot (it is then unchanged)."""

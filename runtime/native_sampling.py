@@ -22,6 +22,7 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 
 _MIN_KEEP = 1
 _MIROSTAT_M = 100  # tokens it estimates the slope from; llama.cpp 0c1e57098, common/sampling.cpp
+_NOTHING_LEFT = "no token is left to draw: the model or the sampling settings rule out every one"
 _ZERO = 1e-30  # of the likeliest token's probability; float32 loses what is below 1e-45
 
 
@@ -50,6 +51,7 @@ class Sampler:
         for token, _ in sampling.logit_bias:
             if token >= n_tokens:
                 raise EngineError(f"logit bias of token {token}: the model has {n_tokens} tokens, 0 to {n_tokens - 1}")
+        self._is_greedy = set(chain(sampling)) <= {"logit-bias", "greedy"}
         self._ids = np.arange(n_tokens, dtype=np.int32)
         self._candidates = np.zeros(n_tokens, CANDIDATE)
         self._grammar: NativeGrammar | None = None
@@ -100,6 +102,8 @@ class Sampler:
         tried, which takes far longer. Where nothing is cut, the distribution is the same. (llama.cpp 0c1e57098,
         common/sampling.cpp, `common_sampler_sample`.) Mirostat learns from every token that it draws, so it gets one.
         """
+        if self._is_greedy and self._grammar is None:
+            return self._likeliest(logits)
         masked = self._grammar is not None and self._sampling.mirostat > 0
         refused: list[int] = []
         while True:
@@ -113,6 +117,17 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.accept(token)
         lib.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _likeliest(self, logits: NDArray[np.float32]) -> int:
+        """What the chain draws that has but a bias before it takes the highest logit, of equal ones the first."""
+        if self._sampling.logit_bias:
+            logits = logits.copy()
+            for biased, bias in self._sampling.logit_bias:
+                logits[biased] += np.float32(bias)
+        token = int(logits.argmax())
+        if not np.isfinite(logits[token]):
+            raise EngineError(_NOTHING_LEFT)
         return token
 
     def _run(
@@ -132,7 +147,7 @@ class Sampler:
         first = (ctypes.addressof(left.data.contents) - start) // CANDIDATE.itemsize  # XTC moves it
         tokens = self._candidates[first : first + left.size]
         if not 0 <= left.selected < left.size or not np.isfinite(tokens["logit"][left.selected]):
-            raise EngineError("no token is left to draw: the model or the sampling settings rule out every one")
+            raise EngineError(_NOTHING_LEFT)
         return tokens, int(left.selected)
 
     def close(self) -> None:

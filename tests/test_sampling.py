@@ -208,6 +208,21 @@ def test_a_forbidden_token_is_never_drawn(sampler: Callable[..., Sampler], logit
     assert left[likeliest] == 0
 
 
+@pytest.mark.parametrize("bias", [(), ((5, 3.5), (7, -float("inf")), (9, -2.0))])
+def test_the_likeliest_is_what_llama_cpps_chain_takes(
+    bias: tuple[tuple[int, float], ...], sampler: Callable[..., Sampler], logits: NDArray[np.float32]
+) -> None:
+    """Drawn by NumPy, for speed. Few values, so that many are equal."""
+    greedy = sampler(Sampling(temperature=0.0, logit_bias=bias))
+    random = np.random.default_rng(4)
+    for _ in range(50):
+        row = random.integers(-3, 4, len(logits)).astype(np.float32)
+        before = row.copy()
+        tokens, selected = greedy.candidates(row)
+        assert greedy.draw(row) == tokens["id"][selected]
+        assert np.array_equal(row, before)
+
+
 def test_typical_bears_tokens_of_no_probability(sampler: Callable[..., Sampler], logits: NDArray[np.float32]) -> None:
     """The sampler itself takes the logarithm of 0 there, and every score becomes NaN."""
     row = logits.copy()

@@ -12,6 +12,7 @@ import gguf
 import llama_cpp
 import pytest
 
+from runtime import answering
 from runtime.answering import Answerer
 from runtime.engine import Engine
 from runtime.errors import EngineError, WorkerDiedError
@@ -256,14 +257,26 @@ class SpeltModel:
         ([], []),
     ],
 )
-def test_pieces_are_whole_characters(tokens: list[bytes], pieces: list[tuple[str, int]]) -> None:
+def test_pieces_are_whole_characters(
+    tokens: list[bytes], pieces: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "_TELL_SECONDS", 0.0)
+    assert pieces_of(tokens) == pieces
+
+
+def pieces_of(tokens: list[bytes]) -> list[tuple[str, int]]:
     model = SpeltModel(tokens)
     events: list[Event] = []
     Answerer(cast(Engine, model), cast(Prompter, model)).reply(Reply((HORSE,)), events.append)
-    assert [(event.text, event.n_tokens) for event in events if isinstance(event, Piece)] == pieces
     end = events[-1]
     assert isinstance(end, Finished)
     assert end.answer_tokens == len(tokens)
+    return [(event.text, event.n_tokens) for event in events if isinstance(event, Piece)]
+
+
+def test_what_comes_faster_than_it_can_be_seen_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "_TELL_SECONDS", 1000.0)
+    assert pieces_of([b"a", b"b", b"", b"c\xf0", b"d"]) == [("a", 1), ("bc\ufffdd", 5)]
 
 
 # Stops

@@ -30,7 +30,7 @@ _OUT_OF_MEMORY = (
     "can't start new thread",
 )
 
-_RPC_FAILED = "Remote RPC server"  # llama.cpp 0c1e57098, ggml-rpc.cpp
+_RPC_FAILED = ("Remote RPC server", "Failed to connect to ")  # llama.cpp 0c1e57098, ggml-rpc.cpp
 
 _AGAIN = "it can be started again"
 _SMALLER = "take a smaller level, --context or --kv, or end other programs"

@@ -6,8 +6,8 @@ layer count, is blind to tensor sizes; ours levels the fill of the devices. Know
 
 The compute buffers follow llama.cpp 0c1e57098 with flash attention, as read from its log on one, two and three RPC
 devices: exactly for the shape of Mistral Large 2, up to n_ubatch × 5 × n_embd floats too much for others
-(tests/test_placement.py and tests/test_allocation.py ask it again). They have not been compared with a CUDA device,
-whose own context takes memory besides: that is what `reserve` is for.
+(tests/test_placement.py and tests/test_allocation.py ask it again), and on one H200: there CUDA's own context and pools
+took 617 MiB besides, which `reserve` is for. They have not been compared with two CUDA devices.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 """Bytes of one element of the KV cache. q8_0 and q4_0 are blocks of 32 with an F16 scale (ggml-common.h)."""
 
 DEFAULT_RESERVE = 2**30
-"""Bytes left free on each device for its driver: an assumption, not measured on CUDA."""
+"""Bytes left free on each device for its driver, which took 617 MiB of an H200."""
 
 _CONTEXT_STEP = 256  # llama.cpp rounds the KV cache up to this many tokens
 _PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: inputs are copied so often when several devices work as a pipeline
@@ -83,13 +83,15 @@ class DeviceUse:
     capacity: int
     """Memory of the device without the reserve."""
     copied: int = 0
-    """Room for layers that stay on the host, which CUDA copies over to read a prompt: an assumption, one layer."""
+    """Room for what CUDA copies over of layers on the host to read a prompt: one layer. An H200 took less, a matrix."""
+    unpacked: int = 0
+    """What CUDA takes beyond `compute` for a layer of a quantized KV cache, which attention unpacks to f16."""
     part: int = 0
     """Where tensors are split: how many of the groups of heads lie here."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.compute + self.copied
+        return self.weights + self.kv + self.compute + self.copied + self.unpacked
 
     @property
     def spare(self) -> int:
@@ -203,6 +205,19 @@ def compute_bytes(
     return mask + inputs + max(activations, logits + (row if logits else 0))
 
 
+def unpacked_bytes(shape: Shape, wish: Wish) -> int:
+    """Bytes that CUDA takes beyond `compute_bytes` where a quantized cache is long: K and V of a layer in f16.
+
+    They lie beside what attention computes, so they count where both are more than the feed-forward network takes.
+    Measured on an H200 for the 123B's shape at 8,192 to 131,072 tokens (tests/test_placement.py).
+    """
+    if wish.kv_type in ("f16", "bf16"):
+        return 0
+    n_ubatch = min(wish.n_ubatch, wish.n_ctx)
+    attention = n_ubatch * _F32 * 4 * shape.n_embd + 2 * _F16 * shape.kv_width * _n_cells(wish)
+    return max(0, attention - n_ubatch * _F32 * 3 * (shape.n_embd + shape.n_ff))
+
+
 def host_bytes(shape: Shape, wish: Wish, n_devices: int, n_host_layers: int) -> int:
     """Bytes of the host's compute and output buffers, from the same log."""
     n_ubatch = min(wish.n_ubatch, wish.n_ctx)
@@ -251,7 +266,7 @@ def _ranges(
     """Whole layers on each device: the split with the least fill of the fullest one."""
     n_layers, n_devices = len(weights.layers), len(capacities)
     before = [0, *accumulate(weights.layers)]
-    kv_layer = kv_bytes(shape, wish, 1)
+    kv_layer, unpacked = kv_bytes(shape, wish, 1), unpacked_bytes(shape, wish)
     every: tuple[Holds, ...] = ("layers", "last layer", "output")
     buffers = {
         (i, holds): compute_bytes(shape, wish, i, n_devices, pipelined=pipelined, holds=holds)
@@ -272,12 +287,13 @@ def _ranges(
             kv=(end - start) * kv_layer,
             compute=compute(device, start, end),
             capacity=capacities[device],
+            unpacked=unpacked if end > start else 0,
         )
 
     def fill(device: int, start: int, end: int) -> float:
         last = device == n_devices - 1
         n_bytes = before[end] - before[start] + (end - start) * kv_layer + (weights.output if last else 0)
-        n_bytes += compute(device, start, end)
+        n_bytes += compute(device, start, end) + (unpacked if end > start else 0)
         return n_bytes / capacities[device] if capacities[device] else inf
 
     # best[end]: the least possible fill of the fullest device, and the boundaries, for layers before `end`.

@@ -12,7 +12,7 @@ from quant.recipes import weights_by_place
 from runtime.events import EngineSettings
 from runtime.fitting import read_weights
 from runtime.levels import Shape
-from runtime.placement import Placement, Wish, place
+from runtime.placement import Placement, Wish, host_bytes, place
 from tests.checkpoints import DEMO_SHAPE
 from tests.gguf_files import write_sparse
 from tests.rpc import apart
@@ -40,7 +40,8 @@ def allocated(path: Path, servers: tuple[str, ...], settings: EngineSettings, wi
         found: Buffers = {}
         for device, kind, mib in re.findall(r"(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB", log):
             address = re.fullmatch(r"RPC\d+\[([^]]+)\]", device)
-            name = names[address[1]] if address else device.partition("(")[0].partition("_")[0]
+            on_host = device.endswith("_Host")  # pinned, such as CUDA_Host
+            name = names[address[1]] if address else "CPU" if on_host else device.partition("(")[0].partition("_")[0]
             found.setdefault(name, {}).setdefault(kind, 0.0)
             found[name][kind] += float(mib)
         return found
@@ -177,7 +178,10 @@ def cards() -> list[str]:
 @pytest.mark.cuda
 @pytest.mark.parametrize("n_host_layers", [0, 2])
 def test_cuda_devices_take_the_memory_that_was_planned(n_host_layers: int, middle: Path) -> None:
-    """Not yet run. `copied` counts against the compute buffer, which is where CUDA would make the copies."""
+    """`copied` and `unpacked` count against the compute buffer, which is where CUDA makes them.
+
+    CUDA reads prompts through the host's layers too, so that the host needs no more for them than without any.
+    """
     if not (names := apart(cards)):
         pytest.skip("no CUDA device")
     plans = [
@@ -187,5 +191,8 @@ def test_cuda_devices_take_the_memory_that_was_planned(n_host_layers: int, middl
     for plan in plans:
         settings = EngineSettings(n_ctx=512, tensor_split=plan.tensor_split, n_gpu_layers=plan.n_gpu_layers)
         (found,) = apart(allocated, middle, (), replace(settings, use_extra_bufts=False), [plan.wish])
-        uses = tuple(replace(use, compute=use.compute + use.copied, copied=0) for use in plan.uses)
-        gap(replace(plan, uses=uses), found, MIDDLE.n_embd, names)
+        uses = tuple(
+            replace(use, compute=use.compute + use.copied + use.unpacked, copied=0, unpacked=0) for use in plan.uses
+        )
+        host = replace(plan.host, compute=host_bytes(MIDDLE, plan.wish, len(names), 0))
+        gap(replace(plan, uses=uses, host=host), found, MIDDLE.n_embd, names)

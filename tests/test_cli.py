@@ -294,7 +294,8 @@ def test_plan_says_what_each_device_holds_and_what_fits_instead(environment: dic
     (row,) = json.loads(bise(environment, *arguments, "--json").stdout)["rows"]
     printed = bise(environment, *arguments).stdout
     assert row["device_bytes"] == [
-        sum(use[part] for part in ("weights", "kv", "compute", "copied")) for use in row["placement"]["uses"]
+        sum(use[part] for part in ("weights", "kv", "compute", "copied", "unpacked"))
+        for use in row["placement"]["uses"]
     ]
     assert len(row["instead"]) == 3
     for each in row["instead"]:

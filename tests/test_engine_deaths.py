@@ -220,6 +220,12 @@ def test_a_load_that_finds_no_memory_gives_back_what_it_took(demo: Path) -> None
         ),
         (-6, "llama.cpp E: CUDA error: out of memory\n/a/ggml-cuda.cu:98: CUDA error\n", "", "memory"),
         (1, "\nlibgomp: Thread creation failed: Resource temporarily unavailable\n", "", "memory"),
+        (
+            -6,
+            "/a/ggml-rpc.cpp:547: Failed to connect to 127.0.0.1:5\n",
+            "",
+            "(an RPC server failed): Failed to connect to",
+        ),
         (-9, "", "cgroup", "memory"),
         (-9, "", "machine", "memory"),
         (-9, "", "", "another program"),

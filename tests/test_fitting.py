@@ -164,6 +164,8 @@ def test_without_a_gpu_there_is_nothing_to_choose(demo_levels: dict[str, Path]) 
     path = demo_levels["Q8_0"]
     with pytest.raises(EngineError, match="--split-mode tensor splits over GPUs, and there are none"):
         fitted(path, EngineSettings(n_ctx=512, split_mode="tensor"), [])
+    with pytest.raises(EngineError, match="--split-mode tensor needs two GPUs, and CUDA0 is the only one"):
+        fitted(path, EngineSettings(n_ctx=512, split_mode="tensor"), [_gpu("CUDA0", GIB)])
     with pytest.raises(EngineError, match="--main-gpu 0 is none of the devices, which count from 0: no GPU"):
         fitted(path, EngineSettings(n_ctx=512, main_gpu=0), [])
 

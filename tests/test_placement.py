@@ -26,6 +26,7 @@ from runtime.placement import (
     kv_bytes,
     largest_context,
     place,
+    unpacked_bytes,
 )
 from tests.checkpoints import DEMO_SHAPE, MISTRAL_LARGE_2
 from tests.gguf_files import write_sparse
@@ -156,6 +157,7 @@ def fullest(weights: Weights, shape: Shape, wish: Wish, capacities: Sequence[int
         if end > start or last:
             holds: Holds = "output" if end == start else "last layer" if start == shape.n_layers - 1 else "layers"
             n_bytes += compute_bytes(shape, wish, device, len(capacities), holds=holds)
+            n_bytes += (end > start) * unpacked_bytes(shape, wish)
         fills.append(n_bytes / capacities[device])
     return max(fills)
 
@@ -296,3 +298,31 @@ def test_the_compute_buffers_are_llama_cpps(large: Path, servers: tuple[str, ...
             planned = compute_bytes(MISTRAL_LARGE_2, wish, device, n_devices) / MIB
             spared = 0 if wish.kv_type == "f16" else wish.n_ubatch * MISTRAL_LARGE_2.n_embd * 4 / MIB
             assert -0.01 < planned - mib < spared + 0.01, (wish, device, mib, planned)
+
+
+ON_CUDA = {
+    ("f16", 8192, 512): 248.01,
+    ("f16", 65_536, 2048): 1216.04,
+    ("f16", LONG, 512): 368.01,
+    ("f16", LONG, 2048): 1472.04,
+    ("q8_0", 8192, 512): 248.09,
+    ("q8_0", 32_768, 512): 272.09,
+    ("q8_0", 65_536, 512): 416.09,
+    ("q8_0", 66_048, 512): 418.59,
+    ("q8_0", 98_304, 512): 576.09,
+    ("q8_0", LONG, 512): 736.09,
+    ("q8_0", LONG, 2048): 1472.12,
+    ("q4_0", 32_768, 1024): 544.10,
+    ("q4_0", 66_048, 2048): 1218.12,
+    ("q4_0", 98_304, 512): 576.09,
+    ("q4_0", LONG, 512): 736.09,
+}
+"""(KV type, context, ubatch) → MiB of the compute buffer of one NVIDIA H200 (driver 580.159.04, CUDA 13.0), as
+llama.cpp 0c1e57098 logged it on 2026-11-26 for the shape of Mistral Large 2 with flash attention."""
+
+
+@pytest.mark.parametrize(("kv_type", "n_ctx", "n_ubatch"), ON_CUDA)
+def test_the_compute_buffer_is_what_cuda_took(kv_type: str, n_ctx: int, n_ubatch: int) -> None:
+    weights, wish = weights_by_place(MISTRAL_LARGE_2, "Q4_K_M"), Wish(n_ctx, kv_type, n_ubatch)
+    (use,) = place(weights, MISTRAL_LARGE_2, wish, [140 * GIB]).uses
+    assert (use.compute + use.unpacked) / MIB == pytest.approx(ON_CUDA[kv_type, n_ctx, n_ubatch], abs=0.1)

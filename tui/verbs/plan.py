@@ -230,7 +230,7 @@ def _print_devices(placement: "Placement", reserve: int) -> None:
     print("\n" + form.format("", "layers", "weights", "KV cache", "compute", "reserve", "").rstrip())
     for i, use in enumerate(placement.uses):
         spare = f"{gib(use.spare)} left" if use.spare >= 0 else f"{gib(-use.spare)} short"
-        parts = (use.weights, use.kv, use.compute + use.copied, reserve)
+        parts = (use.weights, use.kv, use.compute + use.copied + use.unpacked, reserve)
         print(form.format(f"device {i}", use.n_layers, *map(gib, parts), spare))
     host = placement.host
     print(

@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
-# `make setup CUDA=1` builds llama-cpp-python for NVIDIA GPUs (not yet run on one).
+# `make setup CUDA=1` builds llama-cpp-python for NVIDIA GPUs (this command has not yet run).
 
 PYTHON ?= python3
 VENV := .venv

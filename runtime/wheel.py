@@ -2,7 +2,7 @@
 
 pip's own wheel cache ignores build flags, so it would hand out a wheel built without ours. Built wheels lie in the
 user's cache folder under a name that holds version, flags, compiler and CPU, and are installed from there. Needs only
-the standard library, since it runs before anything is installed. `--cuda` builds for NVIDIA GPUs (not yet run on one).
+the standard library, since it runs before anything is installed. `--cuda` builds for NVIDIA GPUs (not yet run).
 """
 
 import argparse

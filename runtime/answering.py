@@ -6,6 +6,7 @@ carries commands and events between processes, and only `stop` may be called fro
 
 import time
 from collections.abc import Callable
+from math import inf
 
 from runtime.calling import Calling, calling
 from runtime.engine import Engine
@@ -224,7 +225,7 @@ class _Teller:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._text, self._n_tokens = "", 0
-        self._told = 0.0
+        self._told = -inf
         self.drawn: list[Drawn] = []
         """Log-probabilities since the last piece."""
 

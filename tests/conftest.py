@@ -43,8 +43,9 @@ def servers() -> Iterator[tuple[str, ...]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
-    """Ctrl-C works as in a terminal: a shell starts background jobs with SIGINT ignored, and children inherit that."""
+    """Ctrl-C and SIGHUP work as in a terminal: what a shell starts in the background, or nohup, ignores them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """NVIDIA GPUs as the kernel and the driver tell of them, and why llama.cpp cannot use them.
 
 Takes sysfs, /dev and /proc, and NVML through the optional package nvidia-ml-py; gives plain values. Knows nothing of
-models. Tested on copies of those files and on a stand-in for NVML: it has run beside one H200.
+models. Tested on copies of those files and on a stand-in for NVML; run once, beside one H200.
 """
 
 import os

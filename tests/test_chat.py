@@ -25,6 +25,7 @@ from tui.screens.conversations import ConversationsScreen
 from tui.screens.system_prompt import SystemPromptScreen
 from tui.widgets.composer import Composer, PlainTextArea
 from tui.widgets.lines import ProgressLine
+from tui.widgets.markdown import AnswerMarkdown
 from tui.widgets.printable import one_line, printable
 from tui.widgets.transcript import WINDOW, Transcript
 from tui.widgets.turns import Earlier, Fault, UserTurn
@@ -604,6 +605,24 @@ async def test_markdown_that_streams_in_ends_as_if_it_had_come_at_once(engine: F
         await chat.until(lambda: "The end." not in chat.seen)
         await transcript.show([whole], None)
         await chat.until(lambda: chat.seen == streamed)
+
+
+async def test_a_row_that_is_painted_before_it_has_a_place_gets_its_lines(engine: FakeEngine, history: History) -> None:
+    async with running(engine, history) as chat:
+        await chat.ready()
+        transcript = chat.app.screen.query_one(Transcript)
+        answer = await transcript.add_growing(Turn(1, "assistant", "", "large", "Q4_K_M"))
+
+        async def paint() -> None:
+            while True:
+                assert chat.seen
+                await asyncio.sleep(0)
+
+        painting = asyncio.create_task(paint())
+        for character in "| wind | from |\n|---|---|\n| mistral | north |\n| sirocco | south |\n":
+            await answer.query_one(AnswerMarkdown).append(character)
+        painting.cancel()
+        await chat.until(lambda: "│ sirocco" in chat.seen)
 
 
 async def test_the_reader_who_scrolled_up_is_left_in_peace(engine: FakeEngine, history: History) -> None:

@@ -3,18 +3,17 @@ Markdown of an answer."""
 
 from typing import ClassVar
 
-from markdown_it import MarkdownIt
-from markdown_it.rules_core import StateCore
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Label, Markdown, Static
+from textual.widgets import Label, Static
 from textual.widgets.markdown import MarkdownStream
 
 from tui.history import Turn
 from tui.widgets.calls import CallBlock
+from tui.widgets.markdown import AnswerMarkdown
 from tui.widgets.printable import counted, one_line, printable
 
 _ENDS = {
@@ -94,8 +93,7 @@ class AnswerTurn(Vertical):
 
     def compose(self) -> ComposeResult:
         yield Label(Content(self._speaker), classes="speaker")
-        # Links are copied, not opened: a browser started over SSH would take the terminal.
-        yield Markdown(printable(self.turn.content), parser_factory=_parser, open_links=False)
+        yield AnswerMarkdown(printable(self.turn.content))
         yield from map(CallBlock, self.turn.calls)
         figures = Label(Content("" if self._growing else _figures(self.turn)), classes="figures")
         figures.display = not self._growing
@@ -107,7 +105,7 @@ class AnswerTurn(Vertical):
     async def write(self, text: str) -> None:
         """Add `text`, which is printable, to a growing answer."""
         if self._stream is None:
-            self._stream = Markdown.get_stream(self.query_one(Markdown))
+            self._stream = AnswerMarkdown.get_stream(self.query_one(AnswerMarkdown))
         await self._stream.write(text)
 
     async def finish(self, turn: Turn) -> None:
@@ -133,17 +131,3 @@ def _figures(turn: Turn) -> str:
     if end := _ENDS[turn.stop]:
         parts.append(end)
     return " · ".join(parts)
-
-
-def _parser() -> MarkdownIt:
-    """GitHub's Markdown, but what a model writes as HTML stays to be read, and its line breaks stay line breaks."""
-    parser = MarkdownIt("gfm-like", {"html": False})
-    parser.core.ruler.push("line_breaks", _keep_line_breaks)
-    return parser
-
-
-def _keep_line_breaks(state: StateCore) -> None:
-    for token in state.tokens:
-        for child in token.children or ():
-            if child.type == "softbreak":
-                child.type = "hardbreak"

@@ -100,6 +100,7 @@ class Answerer:
                 n_ctx_train=info.n_ctx_train,
                 n_vocab=engine.vocabulary.n_tokens,
                 seconds=time.monotonic() - started,
+                has_calls=prompts.calls is not None,
             )
         )
         return cls(engine, prompts, load.settings.drafts)

@@ -122,6 +122,8 @@ class Loaded:
     n_ctx_train: int
     n_vocab: int
     seconds: float
+    has_calls: bool
+    """Whether calls of tools can be read out of its answers."""
 
 
 @dataclass(frozen=True, slots=True)

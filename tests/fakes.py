@@ -46,6 +46,8 @@ class FakeEngine:
     """The tools, and the choice of them, of each reply."""
     load_events: list[LoadEvent] = field(default_factory=list)
     """Told by every load after half of the weights."""
+    has_calls: bool = True
+    """What is told of its answers."""
     n_loads: int = 0
     closed: bool = False
 
@@ -90,7 +92,7 @@ class FakeEngine:
         if self.load_errors:
             raise self.load_errors.pop(0)
         yield LoadProgress(1.0)
-        yield Loaded("fake", 1, 1, n_ctx=N_CTX, n_ctx_train=N_CTX, n_vocab=1, seconds=0.1)
+        yield Loaded("fake", 1, 1, n_ctx=N_CTX, n_ctx_train=N_CTX, n_vocab=1, seconds=0.1, has_calls=self.has_calls)
 
     def reply(
         self,

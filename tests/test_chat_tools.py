@@ -128,6 +128,19 @@ async def test_a_call_is_shown_and_its_result_answered(engine: FakeEngine, histo
     assert messages_for(None, turns) == [*engine.prompts[1][0], Message("assistant", "The mistral.")]
 
 
+async def test_a_model_without_calls_answers_without_tools(
+    engine: FakeEngine, history: History, toolbox: Toolbox
+) -> None:
+    engine.has_calls = False
+    engine.enqueue(["The mistral."])
+    async with running(engine, history, toolbox=toolbox) as chat:
+        await chat.ready()
+        assert "this model's prompt format has no calls of tools" in chat.seen
+        await ask(chat)
+        await chat.until(lambda: chat.turns == ["Which wind?", "The mistral."])
+    assert engine.offers == [((), "auto")]
+
+
 async def test_an_answer_of_calls_alone_is_kept(engine: FakeEngine, history: History, toolbox: Toolbox) -> None:
     engine.enqueue([], calls=[wind()])
     engine.enqueue([], calls=[wind("east", "b")])

@@ -107,6 +107,7 @@ def test_a_load_tells_its_progress_and_what_was_loaded(opened: Callable[..., Ses
     assert last.n_params == sum(tensor.n_elements for tensor in tensors)
     assert (last.n_ctx, last.n_ctx_train, last.n_vocab) == (2048, 2048, 4096)
     assert last.seconds > 0
+    assert last.has_calls
     assert "BF16" in last.description
 
 
@@ -337,6 +338,8 @@ def test_leaving_a_load_early_cancels_it_and_the_next_loads(opened: Callable[...
         loading.close()  # type: ignore[attr-defined]
     events = list(session.load())
     assert [isinstance(event, Loaded) for event in events] == [*([False] * (len(events) - 1)), True]
+    assert isinstance(events[-1], Loaded)
+    assert not events[-1].has_calls, "its template has no tools"
 
 
 def test_a_load_can_be_stopped(opened: Callable[..., Session]) -> None:

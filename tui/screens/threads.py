@@ -9,13 +9,15 @@ from textual.message import Message as Posted
 from textual.screen import Screen
 
 from runtime.errors import UserError
-from runtime.events import Finished, Loaded, LoadEvent, ReplyEvent, Sampling
+from runtime.events import Finished, Loaded, LoadEvent, Notice, ReplyEvent, Sampling
 from runtime.messages import Message, Tool, ToolCall, ToolChoice
 from runtime.tool_loop import LoopEvent, loop
 from runtime.tools import Approval, Toolbox
 from tui.talker import Talker
 
 _POLL_SECONDS = 0.1
+
+_NO_CALLS = "this model's prompt format has no calls of tools that Bise can read, so it answers without tools"
 
 
 @dataclass
@@ -52,6 +54,7 @@ class TalkerThreads:
         self._talker = talker
         self._screen = screen
         self._toolbox, self._max_rounds = toolbox, max_rounds
+        self._has_calls = True
         self._stopped = threading.Event()
 
     def load(self) -> None:
@@ -75,6 +78,10 @@ class TalkerThreads:
                 if self._stopped.is_set() and not isinstance(event, Loaded):
                     # A stop that came before the engine had started had no effect; one that hangs has to be told twice.
                     self._talker.stop()
+                if isinstance(event, Loaded):
+                    self._has_calls = event.has_calls
+                    if self._toolbox is not None and not event.has_calls:
+                        self._screen.post_message(LoadNews(Notice(_NO_CALLS)))
                 self._screen.post_message(LoadNews(event))
         except UserError as error:
             self._screen.post_message(LoadNews(error))
@@ -91,7 +98,7 @@ class TalkerThreads:
         self._screen.post_message(ReplyEnded())
 
     def _events(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[LoopEvent]:
-        if self._toolbox is None:
+        if self._toolbox is None or not self._has_calls:
             return self._talker.reply(messages, sampling)
 
         def ask(told: Sequence[Message], tools: Sequence[Tool], choice: ToolChoice) -> Iterator[ReplyEvent]:

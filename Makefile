@@ -36,8 +36,8 @@ test-all: lint ## the same, and the tests that take minutes
 	$(BIN)/python -m pytest -m "not cuda"
 
 # BENCH_DIR: where to work, 19 GB; BENCH_SCALE: full, small (4 GB, minutes) or demo (seconds); BENCH_THREADS; BENCH_LEVELS
-# BENCH_ONLY: kernels (a minute), converter or runtime (8 minutes)
-bench: $(VENV)/.installed ## speed and memory of kernels, `bise quantize` and chat beside llama.cpp's, half an hour on 2 cores
+# BENCH_ONLY: kernels (a minute), converter, runtime (8 minutes) or speculation (8 minutes)
+bench: $(VENV)/.smollm2 ## speed and memory of kernels, `bise quantize` and chat beside llama.cpp's, 40 minutes on 2 cores
 	$(BIN)/python -m benchmarks --dir "$(BENCH_DIR)" --scale $(BENCH_SCALE) $(if $(BENCH_ONLY),--only $(BENCH_ONLY)) \
 		$(if $(BENCH_THREADS),--threads $(BENCH_THREADS)) $(if $(BENCH_LEVELS),--levels $(BENCH_LEVELS))
 

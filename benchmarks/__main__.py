@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: measure kernels, converter and runtime beside llama.cpp's, print tables, write JSON."""
+"""`python -m benchmarks`: measure kernels, converter and runtime beside llama.cpp's, and what guessing ahead gains.
+
+Prints tables and writes JSON.
+"""
 
 import argparse
 import os
@@ -12,12 +15,14 @@ from benchmarks.machine import machine
 from benchmarks.results import KernelResults, Results
 from benchmarks.runtime import RuntimeResults, runtime_speeds
 from benchmarks.runtime_table import runtime_table
+from benchmarks.speculation import SpeculationResults, speculation_speeds
+from benchmarks.speculation_table import speculation_table
 from benchmarks.table import kernel_table, table
 from quant.work import usable_cores
 from runtime.errors import UserError
 from runtime.levels import LEVELS
 
-PARTS = ("kernels", "converter", "runtime")
+PARTS = ("kernels", "converter", "runtime", "speculation")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "runtime" in parts:
             found = measure_runtime(folder, options.scale, options.threads)
             _show(runtime_table(found), found.to_json(), options.dir / "runtime.json")
+        if "speculation" in parts:
+            guesses = measure_speculation(folder, options.scale, options.threads)
+            _show(speculation_table(guesses), guesses.to_json(), options.dir / "speculation.json")
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
@@ -64,6 +72,14 @@ def measure_runtime(folder: Path, scale: str, threads: int) -> RuntimeResults:
     found_on = machine(folder)
     speeds = runtime_speeds(folder, scale, threads, _say)
     return RuntimeResults(found_on, os.getloadavg(), scale, speeds)
+
+
+def measure_speculation(folder: Path, scale: str, threads: int) -> SpeculationResults:
+    """Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found_on = machine(folder)
+    found = speculation_speeds(folder, scale, threads, _say)
+    return SpeculationResults(found_on, os.getloadavg(), scale, threads, found)
 
 
 def measure(folder: Path, scale_name: str, threads: int, levels: list[str], repeats: int | None) -> Results:

@@ -6,10 +6,12 @@ demo's; a vocabulary that is larger than the tokenizer's is padded by the conver
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.naming import hugging_face_name
+from quant.reading.checkpoint import open_checkpoint
 from quant.recipes import TensorSpec, tensors
 from runtime.levels import Shape
 
@@ -71,6 +74,24 @@ def empty_checkpoint(folder: Path, shape: Shape) -> Path:
     with (folder / WEIGHTS_FILE).open("wb") as file:
         file.write(header)
         file.truncate(len(header) + 2 * sum(spec.n_elements for spec in tensors(shape)))
+    return folder
+
+
+def padded_demo(folder: Path, n_ff: int, n_layers: int) -> Path:
+    """The demo with a wider FFN and more layers, all that is new of zeros: it says the same, and takes longer."""
+    demo = open_checkpoint(DEMO)
+    shape = replace(demo.shape, n_ff=n_ff, n_layers=n_layers)
+    empty_checkpoint(folder, shape)
+    header, places = _header(shape)
+    with (folder / WEIGHTS_FILE).open("r+b") as file:
+        for spec, offset in places:
+            if (stored := demo.tensors.get(spec.name)) is None:
+                continue
+            assert stored.path is not None
+            bits = np.fromfile(stored.path, np.uint16, math.prod(stored.shape), offset=stored.offset)
+            padding = [(0, wanted - there) for wanted, there in zip(spec.shape, stored.shape, strict=True)]
+            file.seek(len(header) + offset)
+            file.write(np.pad(bits.reshape(stored.shape), padding).tobytes())
     return folder
 
 

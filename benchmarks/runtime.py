@@ -146,7 +146,9 @@ def runtime_speeds(folder: Path, scale: str, threads: int, say: Callable[[str], 
     found = []
     for task in TASKS[scale]:
         checkpoint = _checkpoint(folder, task, threads)
-        path = make_levels(checkpoint, "Benchmark", [LEVEL], checkpoint_folder(folder, task), threads=threads)[LEVEL]
+        path = make_levels(
+            checkpoint, "Benchmark", [LEVEL], checkpoint_folder(folder, task), threads=threads, overwrite=True
+        )[LEVEL]
         say(f"runtime: {path.stat().st_size / 1e6:,.0f} MB")
         tokenizer = DEMO / "tokenizer.model" if task.shape is None else None
         found.append(_measure(task, checkpoint, path, tokenizer, threads, say))

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from benchmarks.__main__ import main
-from benchmarks.checkpoints import DEMO, SIGMA, random_checkpoint
+from benchmarks.checkpoints import DEMO, SIGMA, padded_demo, random_checkpoint
 from benchmarks.experiments import MISTRAL_LARGE, SCALES, SIX, check_room, needed_bytes, same_tensors
 from benchmarks.kernels import Effort, check_same, family_pieces, paired
+from benchmarks.speculation import Guessing, Pair, share_right
 from benchmarks.stages import PLACES, Stages
+from quant.convert import make_levels
 from quant.kernels import SEARCHED, TYPES, built
 from quant.reading.checkpoint import open_checkpoint
 from quant.recipes import tensor_bytes, tensors, types
+from runtime.engine import Engine
 from runtime.errors import UserError
+from runtime.events import EngineSettings
 from runtime.ggml import GgmlType
 from runtime.levels import Shape
 from tests.checkpoints import DEMO_SHAPE
@@ -225,3 +230,39 @@ def test_the_runtime_is_measured_beside_the_bare_loop(tmp_path: Path, capsys: py
     assert speed["ratios"]["next_turn"][1] == pytest.approx(turn["cold_seconds"] / turn["warm_seconds"])
     for side in ("raw", "our"):
         assert 6 << 20 < speed[f"{side}_anonymous_bytes"] < speed[f"{side}_resident_bytes"] < 1 << 30
+
+
+def test_the_padded_demo_says_what_the_demo_says(tmp_path: Path, demo: Path) -> None:
+    checkpoint = padded_demo(tmp_path / "weights", 1280, 9)
+    shape = open_checkpoint(checkpoint).shape
+    assert (shape.n_ff, shape.n_layers) == (1280, 9)
+    (padded,) = make_levels(checkpoint, "Padded", ["BF16"], tmp_path, threads=2).values()
+    logits = []
+    for path in (demo, padded):
+        with closing(Engine(path, EngineSettings(n_ctx=64, n_threads=1))) as engine:
+            engine.read(engine.vocabulary.tokenize("The wind over the mountains", bos=True), lambda *_: None)
+            logits.append(np.array(engine.logits()))
+    assert np.ptp(logits[0]) > 5
+    np.testing.assert_allclose(logits[1], logits[0], atol=0.05)
+
+
+def test_guessing_is_measured_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dir", str(tmp_path), "--scale", "demo", "--threads", "1", "--only", "speculation"]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "speculation.json").read_text())
+    assert [found["way"] for found in results["found"]] == ["lookup", "Demo-Q8_0", "Demo-Q2_K"]
+    for found in results["found"]:
+        (pair,) = found["pairs"]
+        ratio = pair["guessing"] / pair["plain"]
+        assert found["ratios"]["prose"] == pytest.approx([ratio] * 3)
+        assert 0 <= pair["accepted"] <= pair["drafted"]
+        share = pair["accepted"] / max(pair["drafted"], 1)
+        assert re.search(rf"{found['way']} +prose .*{ratio:.2f} \({ratio:.2f} to .* {share:.0%}\n", printed)
+
+
+def test_guessing_gains_per_question() -> None:
+    found = [Pair("a", 10.0, 15.0, 4, 3, True), Pair("a", 10.0, 25.0, 4, 4, True), Pair("b", 10.0, 5.0, 0, 0, True)]
+    guessing = Guessing("large", 1, 0.0, "small", tuple(found))
+    assert guessing.ratios == {"a": (1.5, 2.0, 2.5), "b": (0.5, 0.5, 0.5)}
+    assert share_right(found) == 7 / 8
+    assert share_right(found[2:]) == 0

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.speculation import medians, pairs
 from runtime.answering import Answerer
 from runtime.draft_model import emptiest
 from runtime.drafting import Costs
 from runtime.engine import Engine
 from runtime.errors import EngineError
-from runtime.events import EngineSettings, Event, Finished, Load, Reply
+from runtime.events import EngineSettings, Event, Finished, Reply
 from runtime.grammar import Grammar
 from runtime.hardware import Device
 from runtime.kv_store import n_common
@@ -281,11 +280,3 @@ def test_a_draft_model_goes_to_the_emptiest_gpu_of_this_machine() -> None:
 def test_a_draft_model_that_is_none_is_named_as_such(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"the draft model: .*none\.gguf: no such file.*; or leave out --draft"):
         Engine(demo, replace(SETTINGS, draft_model=tmp_path / "none.gguf"))
-
-
-def test_the_benchmark_compares_the_same_answers(demo: Path) -> None:
-    load = Load(demo, replace(SETTINGS, n_ctx=2048), "mistral-v3", DEMO / "tokenizer.model")
-    found = pairs(load, 4, 1)
-    assert [pair.question for pair in found] == ["edit", "prose"]
-    assert all(pair.plain > 0 and pair.guessing > 0 for pair in found)
-    assert medians(found)["edit"] == (found[0].ratio,) * 3

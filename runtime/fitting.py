@@ -129,6 +129,32 @@ def read_weights(path: Path) -> tuple[Weights, Shape] | None:
     return Weights(host, tuple(layers), output, block), shape
 
 
+def draft_place(path: Path, n_vocab: int, wish: Wish, devices: Sequence[int], reserve: int) -> tuple[int, int]:
+    """Where a draft model lies and what it holds there, by the bytes of each device: its index, and bytes.
+
+    Whole on the device with most memory, before the model that it guesses for (draft_model.py), whose wish it shares.
+    Raises EngineError where it fits none, or cannot guess for that vocabulary.
+    """
+    read = read_weights(path)
+    if read is None:
+        raise EngineError(f"the draft model {path.name} has a layout whose memory cannot be planned; leave out --draft")
+    weights, shape = read
+    if shape.n_vocab != n_vocab:
+        raise EngineError(
+            f"the draft model {path.name} has {shape.n_vocab} tokens and the model {n_vocab}; it needs the same "
+            "vocabulary"
+        )
+    capacity, i = max((n_bytes, i) for i, n_bytes in enumerate(devices))
+    (use,) = place(weights, shape, replace(wish, split="layer"), (capacity,), reserve).uses
+    if use.spare < 0:
+        raise EngineError(
+            f"the draft model {path.name} with {wish.n_ctx:,} tokens of {wish.kv_type} KV cache takes "
+            f"{gib(use.total)}, {gib(-use.spare)} more than device {i} has left; take a smaller one, or a shorter "
+            "--context, or leave out --draft"
+        )
+    return i, use.total
+
+
 def _shape(header: Header) -> Shape | None:
     """The shape from the metadata keys `<architecture>.…`; None where one is missing or differs by layer."""
     architecture = header.texts.get("general.architecture", "")

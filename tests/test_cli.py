@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
 from quant.kernels import best
 from tui.cli import main
@@ -285,7 +286,7 @@ def test_plan_agrees_with_the_published_sizes(environment: dict[str, str]) -> No
         ("Q6_K", "f16"): True,
     }
     text = bise(environment, "plan", "mistral-large-2411", "--devices", "80GiB,80GiB", "--context", "131072").stdout
-    assert "Not yet run on CUDA" in text
+    assert "two CUDA GPUs have not been tried" in text
     assert "44+44" in text
 
 
@@ -302,6 +303,39 @@ def test_plan_says_what_each_device_holds_and_what_fits_instead(environment: dic
         assert re.search(rf"^  {each['change']} +{re.escape(each['price'])}$", printed, re.MULTILINE), printed
     assert re.search(r"^device 1 +44 +[\d.]+ GiB +22\.0 GiB .* GiB short$", printed, re.MULTILINE), printed
     assert "131,072 tokens of context for 2 sequences," in printed
+
+
+def test_plan_finds_room_for_a_draft_model(environment: dict[str, str], demo_levels: dict[str, Path]) -> None:
+    small = demo_levels["Q2_K"]
+    arguments = ("plan", "demo", "--reserve", "1MiB", "--kv", "f16,q8_0", "--json", "--devices")
+    rows = json.loads(bise(environment, *arguments, "24MiB,30MiB", "--draft", small).stdout)["rows"]
+    held = {row["kv_type"]: row["draft_bytes"] for row in rows}
+    assert {row["draft_device"] for row in rows} == {1}
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(small).tensors}
+    elements = 2 * 8 * 2 * 32 * 2048  # K and V, layers, heads, width of each, tokens
+    on_device = sum(tensors.values()) - tensors["token_embd.weight"]
+    for kv_type, width in (("f16", 2), ("q8_0", 34 / 32)):
+        assert 0 < held[kv_type] - on_device - width * elements < 12 << 20  # compute buffers
+        less = f"24MiB,{(30 << 20) - held[kv_type]}"
+        beside = json.loads(bise(environment, *arguments, less).stdout)["rows"]
+        for row in (row for row in beside if row["kv_type"] == kv_type):
+            row |= {"draft_device": 1, "draft_bytes": held[kv_type]}
+            assert row in rows
+    assert {row["fits"] for row in rows} == {True, False}
+    printed = bise(environment, *arguments[:-2], "--devices", "24MiB,30MiB", "--draft", small).stdout
+    assert re.search(r"^the draft model with q8_0: [\d.]+ MiB on device 1, counted in$", printed, re.MULTILINE), printed
+
+
+def test_plan_refuses_a_draft_model_that_cannot_guess(
+    environment: dict[str, str], demo: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    for devices, file, words in (
+        ("8MiB,9MiB", demo, "takes .* MiB more than device 1 has left; take a smaller one, or a shorter --context"),
+        ("1GiB", smollm2, "has 49152 tokens and the model 4096"),
+        ("1GiB", tmp_path / "none.gguf", "none.gguf: no such file"),
+    ):
+        line = _one_line_error(bise(environment, "plan", "demo", "--devices", devices, "--draft", file))
+        assert re.search(words, line), line
 
 
 def test_plan_takes_a_folder(environment: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from runtime.errors import EngineError, UserError
 from runtime.events import EngineSettings
 from runtime.fitting import in_llama_order
 from runtime.hardware import Device
-from runtime.kv_cache import KvCache
+from runtime.kv_cache import KvCache, n_sequences
 from runtime.native import Vocabulary
 from runtime.native_context import Context, ContextSettings
 from runtime.native_devices import devices, register_rpc
@@ -34,8 +34,8 @@ class DraftModel:
             settings, rpc_servers=(), tensor_split=None, split_mode="layer", main_gpu=gpu, n_gpu_layers=n_gpu_layers
         )
         try:
-            n_branches = settings.n_branches
-            self._model = open_model(path, placed, n_seq=n_branches, n_outputs=n_branches, unified=True)
+            n_seq = n_sequences(settings.n_branches)
+            self._model = open_model(path, placed, n_seq=n_seq, n_outputs=n_seq, unified=True)
         except UserError as error:
             raise EngineError(f"the draft model: {error}; or leave out --draft") from None
         self._n_batch = min(settings.n_batch, settings.n_ctx)
@@ -46,8 +46,8 @@ class DraftModel:
                     n_ctx=settings.n_ctx,
                     n_batch=self._n_batch,
                     n_ubatch=min(settings.n_ubatch, self._n_batch),
-                    n_seq_max=n_branches,
-                    n_outputs_max=n_branches,
+                    n_seq_max=n_seq,
+                    n_outputs_max=n_seq,
                     n_threads=n_threads(placed, self._model),
                     kv_type=settings.kv_type,
                     unified=True,
@@ -61,7 +61,7 @@ class DraftModel:
         self.seconds = 0.0
         """What a guess takes, of late; 0 before the first."""
         self._ids: list[int] = []
-        self._cache = KvCache(self._context, n_branches if self._model.forgets else 1)  # guesses are in it too
+        self._cache = KvCache(self._context, settings.n_branches if self._model.forgets else 1)  # guesses are in it too
         self._n_true = 0  # so many of its ids are the text's
 
     def check(self, vocabulary: Vocabulary) -> None:

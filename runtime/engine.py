@@ -21,7 +21,7 @@ from runtime.drafting import MOST_DRAFTS
 from runtime.errors import EngineError
 from runtime.events import EngineSettings
 from runtime.grammar import Grammar
-from runtime.kv_cache import KvCache
+from runtime.kv_cache import KvCache, n_sequences
 from runtime.kv_store import KvStore
 from runtime.native import Model, ModelInfo, Vocabulary
 from runtime.native_context import AbortedError, Context, ContextSettings
@@ -41,7 +41,8 @@ class Engine:
         n_ubatch = min(settings.n_ubatch, n_batch)
         speculates = settings.drafts != "off"
         self._most_drafts = min(MOST_DRAFTS, n_ubatch - 1) if speculates else 0
-        n_branches, n_outputs = settings.n_branches, max(1 + self._most_drafts, settings.n_branches)
+        n_branches = settings.n_branches
+        n_outputs = max(1 + self._most_drafts, n_sequences(n_branches))
         self._model, self._draft_model = _open(path, settings, progress, n_outputs)
         if not self._model.forgets:
             self._most_drafts, n_branches = 0, 1
@@ -52,7 +53,7 @@ class Engine:
                     n_ctx=settings.n_ctx,
                     n_batch=n_batch,
                     n_ubatch=n_ubatch,
-                    n_seq_max=n_branches,
+                    n_seq_max=n_sequences(n_branches),
                     n_outputs_max=n_outputs,
                     n_threads=n_threads(settings, self._model),
                     kv_type=settings.kv_type,
@@ -245,12 +246,13 @@ def _open(
     path: Path, settings: EngineSettings, progress: Callable[[float], bool] | None, n_outputs: int
 ) -> tuple[Model, DraftModel | None]:
     """The model, and the draft model, which is placed first: the large one can be split around it."""
+    n_seq = n_sequences(settings.n_branches)
     if settings.draft_model is None:
-        return open_model(path, settings, progress, n_seq=settings.n_branches, n_outputs=n_outputs, unified=True), None
+        return open_model(path, settings, progress, n_seq=n_seq, n_outputs=n_outputs, unified=True), None
     draft = DraftModel(settings.draft_model, settings)
     try:
         rest = replace(settings, rpc_servers=())  # they are devices by now
-        model = open_model(path, rest, progress, n_seq=settings.n_branches, n_outputs=n_outputs, unified=True)
+        model = open_model(path, rest, progress, n_seq=n_seq, n_outputs=n_outputs, unified=True)
     except EngineError as error:
         draft.close()
         raise EngineError(f"{error}; or leave out --draft, whose model takes {gib(draft.n_bytes)}") from None

@@ -54,7 +54,7 @@ class EngineSettings:
     Never with a seed: kernels round otherwise for several tokens than for one, and a seed is given to repeat an answer.
     """
     n_branches: int = 1
-    """Conversations, or branches of one, that the KV cache holds besides each other as long as there is room."""
+    """Conversations, or branches of one, that are kept: one in the KV cache, the others in the host's memory."""
     draft_model: Path | None = None
     """The GGUF file of a smaller model of the same vocabulary, which guesses where the text tells nothing."""
     kept_kv_bytes: int = 0

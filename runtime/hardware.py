@@ -3,12 +3,14 @@
 Gives bytes and names. What ggml says of the devices that are here comes from native_devices.py.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.catalogue import parse_bytes
 from runtime.errors import CatalogueError
+from runtime.memory_watch import cgroup_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +35,16 @@ def parse_devices(text: str) -> tuple[int, ...]:
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of RAM (available, total)."""
+    """Bytes of RAM: available to this process, whose cgroup may have a limit, and in total."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
     available = os.sysconf("SC_AVPHYS_PAGES") * page
-    try:
+    with contextlib.suppress(OSError):  # not Linux: the pages that are free now
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-    except OSError:
-        return available, total  # not Linux: the pages that are free now
-    return available, total
+    room = cgroup_room()
+    return available if room is None else min(available, room), total
 
 
 def cpu_model() -> str:

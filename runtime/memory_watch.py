@@ -1,10 +1,11 @@
-"""What the kernel says of a process's memory: how much it holds, and whether memory ran out.
+"""What the kernel says of a process's memory: how much it holds and may take, and whether memory ran out.
 
 Linux only; elsewhere everything is unknown (None). The counters: `oom_kill` in a cgroup's memory.events (version 2) or
 memory.oom_control (version 1), and in /proc/vmstat for the whole machine.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,40 @@ def resident_bytes(pid: int | None = None) -> int | None:
     except (OSError, IndexError):
         return None
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cgroup_room() -> int | None:
+    """Bytes that this process's cgroup can still take, its files in the page cache given up; None without a limit."""
+    rooms = [room for folder, *names in _groups() if (room := _room(folder, *names)) is not None]
+    return min(rooms, default=None)
+
+
+def _groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Folders of this process's cgroup and those around it; names of their limit, their use, their cached files."""
+    for controllers, path in _memberships("self"):
+        if controllers == "":
+            top, names = _CGROUPS, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            top, names = _CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(top):
+                yield group, *names
+
+
+def _room(folder: Path, limit: str, use: str, prefix: str) -> int | None:
+    try:
+        most, taken = (folder / limit).read_text(encoding="ascii"), int((folder / use).read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    if not most.strip().isdecimal():  # "max"
+        return None
+    found = dict(line.split(" ", 1) for line in lines if " " in line)
+    cached = sum(int(found.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(0, int(most) - taken + cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +87,22 @@ class OomKills:
 
 def _counters(pid: int) -> list[Path]:
     """Files that may count the kills in a process's cgroup, the likeliest first."""
-    try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for controllers, path in _memberships(pid):
         if controllers == "":
             found += [_CGROUPS / path.lstrip("/") / "memory.events", _CGROUPS / "memory.events"]
         elif "memory" in controllers.split(","):
             found += [_CGROUPS / "memory" / path.lstrip("/") / "memory.oom_control"]
     return found
+
+
+def _memberships(pid: int | str) -> list[tuple[str, str]]:
+    """Controllers and path of every cgroup that a process is in; no controllers in version 2."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [(controllers, path) for _, controllers, path in (line.split(":", 2) for line in lines)]
 
 
 def _read(path: Path) -> int | None:

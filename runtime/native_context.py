@@ -23,6 +23,9 @@ from runtime.native_graph import Observer, Watch
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30}
 """Names of KV cache types → ggml_type (ggml.h)."""
 
+HAND, ASIDE = 0, 1
+"""Sequences: the one that goes on, and one that holds cells only while they are copied."""
+
 _ABORTED = 2
 _NO_SLOT = 1
 
@@ -151,9 +154,29 @@ class Context:
         """Drop a sequence's positions from there on; False where the model's memory cannot (it is then unchanged)."""
         return bool(lib.llama_memory_seq_rm(self._memory, sequence, from_position, -1))
 
-    def share(self, source: int, target: int, n: int) -> None:
-        """Give a sequence without positions the first `n` of another, in the same cells, where they are unified."""
-        lib.llama_memory_seq_cp(self._memory, source, target, 0, n)
+    def copy_out(self, start: int) -> NDArray[np.uint8] | None:
+        """K and V of the sequence HAND from position `start` on, in the host's memory; None where that has no room.
+
+        Needs two sequences in unified cells, of which ASIDE is empty.
+        """
+        lib.llama_memory_seq_cp(self._memory, HAND, ASIDE, start, -1)
+        try:
+            data = np.empty(self.state_bytes(ASIDE), np.uint8)
+            n_bytes = lib.llama_state_seq_get_data(self._context, _bytes(data), len(data), ASIDE)
+            return data if n_bytes == len(data) else None
+        except MemoryError:
+            return None
+        finally:
+            self.forget(ASIDE, 0)
+
+    def copy_in(self, data: NDArray[np.uint8]) -> bool:
+        """Put what `copy_out` gave behind what HAND has, which ends where it began; False where there is no room."""
+        LOG.clear()
+        done = bool(lib.llama_state_seq_set_data(self._context, _bytes(data), len(data), ASIDE) == len(data))
+        if done:
+            lib.llama_memory_seq_cp(self._memory, ASIDE, HAND, -1, -1)
+        self.forget(ASIDE, 0)
+        return done
 
     def clear(self) -> None:
         """Empty the KV cache."""
@@ -202,6 +225,10 @@ class Context:
             lib.llama_batch_free(self._batch)
             lib.llama_free(self._context)
             self._context = None
+
+
+def _bytes(data: NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _view(pointer: Any, n: int) -> NDArray[Any]:

@@ -40,6 +40,7 @@ from runtime.session import Session
 from runtime.worker import Worker
 from tests.broken_llama import broken
 from tests.checkpoints import DEMO
+from tests.control_groups import control_group
 
 GREEDY = Sampling(temperature=0.0)
 HORSE = Message("user", "Define a horse.")
@@ -138,34 +139,6 @@ def test_a_model_file_cut_off_while_it_is_in_use(opened: Callable[..., Session],
     said = died_of(session)
     assert "ended by SIGBUS (the model file was cut off" in said
     assert "check the file with `bise verify`" in said
-
-
-@contextmanager
-def control_group(limit_bytes: int) -> Iterator[Path]:
-    """A control group with that much memory: the file to write a process's id into, so that it joins."""
-    for parent, limit in [
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        (Path("/sys/fs/cgroup"), "memory.max"),
-    ]:
-        group = parent / f"bise-test-{os.getpid()}"
-        try:
-            group.mkdir()
-            (group / limit).write_text(str(limit_bytes))
-        except OSError:
-            if group.is_dir():
-                group.rmdir()
-            continue
-        try:
-            yield group / "cgroup.procs"
-        finally:
-            wait_until(partial(_is_empty, group / "cgroup.procs"))
-            group.rmdir()
-        return
-    pytest.skip("no right to make a control group")
-
-
-def _is_empty(file: Path) -> bool:
-    return not file.read_text().strip()
 
 
 def test_running_out_of_memory_in_a_control_group_is_told_from_a_kill(demo: Path) -> None:

@@ -1,11 +1,14 @@
 """Sizes of wished devices, and what the kernel says of this host."""
 
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from runtime.errors import CatalogueError
 from runtime.hardware import cpu_model, host_memory, parse_devices
+from tests.control_groups import control_group
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,27 @@ def test_the_hosts_memory_is_the_kernels() -> None:
     available, total = host_memory()
     assert total == pages * page
     assert 0 < available <= total
+
+
+def test_a_control_group_leaves_less_of_the_hosts_memory(tmp_path: Path) -> None:
+    """Of 400 MiB, 100 taken: files that are cached do not count."""
+    program = (
+        "import os, sys; input(); held = bytearray(100 << 20); file = open(sys.argv[1], 'wb')\n"
+        "for _ in range(64): file.write(bytes(1 << 20))\n"
+        "os.fsync(file.fileno())\n"
+        "from runtime.hardware import host_memory; print(*host_memory())"
+    )
+    with control_group(400 << 20) as members:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, tmp_path / "cached"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        members.write_text(str(process.pid))
+        available, total = map(int, process.communicate("\n", timeout=60)[0].split())
+    assert 250 << 20 < available < 300 << 20
+    assert total == host_memory()[1]
 
 
 def test_the_processor_has_a_name() -> None:

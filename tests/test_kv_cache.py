@@ -1,20 +1,23 @@
-"""Several conversations in one KV cache: what is kept, what goes first, and that it is never another's."""
+"""Several conversations in turn: what is kept, what goes first, and that the KV cache is never another's."""
 
 import contextlib
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from runtime import kv_cache
 from runtime.drafting import Costs
 from runtime.engine import Engine
 from runtime.events import EngineSettings
-from runtime.kv_cache import MOST_TURNS, WORTH_KEEPING
+from runtime.kv_cache import WORTH_KEEPING
 from runtime.kv_store import n_common
-from runtime.native_context import AbortedError
+from runtime.native_context import ASIDE, HAND, AbortedError, Context
 from runtime.sampling import Sampling
 
 SETTINGS = EngineSettings(n_ctx=512, n_batch=64, n_ubatch=32, n_threads=1, n_branches=3)
@@ -76,15 +79,20 @@ def test_back_to_a_branch_all_of_it_is_there(opened: Callable[..., Engine]) -> N
     assert_as_fresh(engine, fresh, [*b, 500])
 
 
-def test_branches_share_the_cells_of_their_prefix(opened: Callable[..., Engine]) -> None:
-    """Three of 400 tokens, 350 of them the same, in 512 cells."""
-    engine = opened()
-    shared = text(1, 350)
-    branches = [[*shared, *text(i, 51)[1:]] for i in (2, 3, 4)]
+@pytest.mark.parametrize("n_shared", [1, 30, 350])
+def test_branches_take_no_cells_of_the_one_in_hand(n_shared: int, opened: Callable[..., Engine]) -> None:
+    """Three of 400 tokens in 512 cells."""
+    engine, fresh = opened(), opened(n_branches=1)
+    shared = text(1, n_shared)
+    branches = [[*shared, *text(i, 401 - n_shared)[1:]] for i in (2, 3, 4)]
     for ids in branches:
         engine.read(ids, ignore)
     for ids in branches:
         assert engine.read([*ids, 400], ignore) == len(ids)
+        assert_as_fresh(engine, fresh, [*ids, 400])
+        assert engine._context.length(HAND) == len(ids) + 1
+        assert engine._context.length(ASIDE) == 0
+        assert engine._context.state_bytes(HAND) == fresh._context.state_bytes(HAND)
 
 
 def test_what_was_used_longest_ago_goes_first(opened: Callable[..., Engine]) -> None:
@@ -107,31 +115,85 @@ def test_the_conversation_in_hand_gets_all_cells(opened: Callable[..., Engine]) 
     assert not engine.has_room()
     assert engine.read([*long[:505], 400], ignore) == 505
     assert_as_fresh(engine, fresh, [*long[:505], 400])
-    assert engine.read(b, ignore) == 1
-    assert_as_fresh(engine, fresh, b)
-
-
-def test_a_growing_answer_drops_only_as_much_as_it_needs(opened: Callable[..., Engine]) -> None:
-    engine = opened()
-    a, b, c = text(1, 150), text(2, 150), text(3, 200)
-    for ids in (a, b, c):
-        engine.read(ids, ignore)
-    c += answer(engine, 60)  # 510 cells, and then a's are needed
     assert engine.read([*b, 400], ignore) == len(b)
-    assert engine.read([*c, 400], ignore) == len(c)
+    assert_as_fresh(engine, fresh, [*b, 400])
+
+
+def test_what_is_wanted_in_part_stays_whole(opened: Callable[..., Engine]) -> None:
+    engine, fresh = opened(), opened(n_branches=1)
+    a, b = text(1, 200), text(2, 60)
+    for ids in (a, b):
+        engine.read(ids, ignore)
+    other = [*a[:120], *text(3, 60)]
+    assert engine.read(other, ignore) == 120
+    assert engine.read([*a, 400], ignore) == len(a)
+    assert_as_fresh(engine, fresh, [*a, 400])
+    assert engine.read([*other, 400], ignore) == len(other)
+    assert_as_fresh(engine, fresh, [*other, 400])
+
+
+def test_a_branch_comes_back_with_what_it_parted_from(opened: Callable[..., Engine]) -> None:
+    """The end of `first` was copied alone, its beginning with `second`."""
+    engine, fresh = opened(), opened(n_branches=1)
+    shared = text(1, 200)
+    first, second = [*shared, *text(2, 60)], [*shared, *text(3, 60)]
+    for ids in (first, second, text(4, 60)):
+        engine.read(ids, ignore)
+    assert engine.read([*first, 400], ignore) == len(first)
+    assert_as_fresh(engine, fresh, [*first, 400])
+
+
+def test_what_the_host_has_no_room_for_is_read_again(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened()
+    a, b = text(1, 100), text(2, 100)
+    monkeypatch.setattr(kv_cache, "host_memory", lambda: (200_000, 1 << 40))  # 2,048 bytes a token
+    for ids in (a, b):
+        engine.read(ids, ignore)
+    assert engine.read(a, ignore) == 1
+    monkeypatch.setattr(kv_cache, "host_memory", lambda: (4_000_000, 1 << 40))
+    engine.read(b, ignore)
+    assert engine.read([*a, 400], ignore) == len(a)
+
+
+def test_what_takes_too_long_to_copy_is_read_again(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 tokens are copied to know how long it takes, and no more."""
+    engine = opened()
+    a, b = text(1, 400), text(2, 100)
+    copied: list[int] = []
+    copy_out = Context.copy_out
+
+    def slow(context: Context, start: int) -> NDArray[np.uint8] | None:
+        copied.append(context.length(HAND) - start)
+        time.sleep(0.02)
+        return copy_out(context, start)
+
+    monkeypatch.setattr(Context, "copy_out", slow)
+    monkeypatch.setattr(kv_cache, "_MOST_SECONDS", 0.05)
+    for ids in (a, b):
+        engine.read(ids, ignore)
+    assert copied == [64]
     assert engine.read(a, ignore) == 1
 
 
-def test_nobody_comes_back_to_what_was_left_long_ago(opened: Callable[..., Engine]) -> None:
-    engine = opened()
-    a, b = text(1, 60), text(2, 60)
+@pytest.mark.parametrize("way", ["copy_out", "copy_in"])
+def test_what_cannot_be_copied_is_read_again(
+    way: str, opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, fresh = opened(), opened(n_branches=1)
+    a, b = text(1, 100), text(2, 100)
+    monkeypatch.setattr(Context, way, lambda *_: None)
     for ids in (a, b):
-        for _ in range(MOST_TURNS):
-            engine.read(ids, ignore)
+        engine.read(ids, ignore)
+    assert engine.read(a, ignore) <= 1
+    assert_as_fresh(engine, fresh, a)
+    monkeypatch.undo()
+    engine.read(b, ignore)
     assert engine.read([*a, 400], ignore) == len(a)
-    for _ in range(MOST_TURNS + 1):
-        engine.read([*a, 400], ignore)
-    assert engine.read(b, ignore) == 1
+    assert_as_fresh(engine, fresh, [*a, 400])
 
 
 def test_a_few_tokens_are_not_worth_a_branch(opened: Callable[..., Engine]) -> None:
@@ -144,14 +206,17 @@ def test_a_few_tokens_are_not_worth_a_branch(opened: Callable[..., Engine]) -> N
     assert engine.read([*a, 400], ignore) == len(a)
 
 
-def test_after_a_decode_that_failed_what_it_left_is_dropped(opened: Callable[..., Engine]) -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_after_a_decode_that_failed_what_it_left_is_dropped(leaves: bool, opened: Callable[..., Engine]) -> None:
     engine, fresh = opened(), opened(n_branches=1)
     a, b = text(1, 80), text(2, 80)
     engine.read(a, ignore)
     engine.read(b, ignore)
     two = np.array([400, 401], np.int32)  # positions that the engine does not know of, in the branch in hand
-    sequences = np.full(2, engine._cache._here.sequence, np.int32)
+    sequences = np.full(2, HAND, np.int32)
     engine._context.decode(two, np.array([80, 81], np.int32), sequences, np.ones(2, np.int8))
+    if leaves:
+        assert engine.read([*a, 500], ignore) == 80
     assert engine.read([*b, 500], ignore) == 80
     assert_as_fresh(engine, fresh, [*b, 500])
     assert engine.read([*a, 500], ignore) == 80

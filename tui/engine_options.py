@@ -76,7 +76,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, context: int | None
             type=int,
             default=4,
             metavar="N",
-            help="conversations, or branches of one, that the KV cache keeps while there is room (default: 4)",
+            help="conversations, or branches of one, whose KV caches are kept: one in its place, the others in the "
+            "host's memory (default: 4)",
         )
         group.add_argument(
             "--draft",

@@ -94,6 +94,9 @@ class Turn:
     n_reused: int
     warm_seconds: float
     cold_seconds: float
+    n_back_reused: int
+    back_seconds: float
+    """The same question once more, after one of another conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,10 +327,12 @@ def _turn(task: Task, path: Path, tokenizer: Path | None, threads: int, text: st
             messages.append(Message("assistant", answer))
         messages.append(Message("user", text[task.turns * task.characters :][:200]))
         end, warm, _, _ = ours.ask(messages, 2)
+        ours.ask([Message("user", text[300:800])], 2)
+        back_end, back, _, _ = ours.ask(messages, 2)
     with _Ours(path, task.n_ctx, threads, tokenizer) as fresh:
         fresh.ask([Message("user", "Hello")], 2)
         _, cold, _, _ = fresh.ask(messages, 2)
-    return Turn(end.prompt_tokens, end.reused_tokens, warm, cold)
+    return Turn(end.prompt_tokens, end.reused_tokens, warm, cold, back_end.reused_tokens, back)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -65,7 +65,8 @@ def _turns(speed: RuntimeSpeed) -> str:
     turn = sorted(speed.turns, key=lambda each: each.cold_seconds / each.warm_seconds)[len(speed.turns) // 2]
     return (
         f"next turn, {turn.n_reused:,} of {turn.n_prompt:,} tokens read before: {turn.warm_seconds:.3f} s, "
-        f"{turn.cold_seconds:.2f} s cold: {_ratio(speed.ratios['next_turn'])} times as fast"
+        f"{turn.cold_seconds:.2f} s cold: {_ratio(speed.ratios['next_turn'])} times as fast\n"
+        f"back from another conversation, {turn.n_back_reused:,} tokens copied: {turn.back_seconds:.3f} s"
     )
 
 

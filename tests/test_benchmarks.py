@@ -227,6 +227,11 @@ def test_the_runtime_is_measured_beside_the_bare_loop(tmp_path: Path, capsys: py
         assert re.search(rf" {round_[ours]:,.1f} tokens/s +{round_[ours] / raw:.3f} ", printed)
     (turn,) = speed["turns"]
     assert 200 < turn["n_reused"] < turn["n_prompt"] - 10  # two turns; the new question is not among them
+    assert turn["n_back_reused"] >= turn["n_reused"]
+    assert (
+        f"back from another conversation, {turn['n_back_reused']:,} tokens copied: {turn['back_seconds']:.3f} s"
+        in printed
+    )
     assert speed["ratios"]["next_turn"][1] == pytest.approx(turn["cold_seconds"] / turn["warm_seconds"])
     for side in ("raw", "our"):
         assert 6 << 20 < speed[f"{side}_anonymous_bytes"] < speed[f"{side}_resident_bytes"] < 1 << 30

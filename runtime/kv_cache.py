@@ -109,16 +109,10 @@ class KvCache:
 
     def _park(self, n: int) -> None:
         """Copy out what the cells hold, of which the first `n` stay."""
-        ids = list(self._ids)
-        for parked in self._parked:
-            if parked.start <= n and parked.ids[: len(ids)] == ids:
-                parked.last_turn = self._turn
-                return
-        start = n if 2 * n >= len(ids) else 0
+        start = n if 2 * n >= len(self._ids) else 0
         data = self._copied(start)
         if data is not None:
-            self._parked = [each for each in self._parked if each.start < start or each.ids != ids[: len(each.ids)]]
-            self._parked.append(_Parked(ids, start, data, self._turn))
+            self._parked.append(_Parked(list(self._ids), start, data, self._turn))
 
     def _copied(self, start: int) -> NDArray[np.uint8] | None:
         """What the cells hold behind `start`; None where that is too much, or takes too long."""

@@ -143,6 +143,21 @@ def test_a_branch_comes_back_with_what_it_parted_from(opened: Callable[..., Engi
     assert_as_fresh(engine, fresh, [*first, 400])
 
 
+def test_a_branch_of_which_little_stays_is_copied_whole(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, fresh = opened(), opened(n_branches=1)
+    shared = text(1, 100)
+    a, b = [*shared, *text(2, 201)[1:]], [*shared, *text(3, 60)]
+    for ids in (a, b):
+        engine.read(ids, ignore)
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_cache, "host_memory", lambda: (0, 1 << 40))
+        engine.read(text(4, 60), ignore)  # b, with the beginning that they share, is gone
+    assert engine.read([*a, 400], ignore) == len(a)
+    assert_as_fresh(engine, fresh, [*a, 400])
+
+
 def test_what_the_host_has_no_room_for_is_read_again(
     opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ _MOST_SECONDS = 3.0
 """That copying out may take. Whoever goes to another conversation waits for it."""
 
 _PROBE_TOKENS = 64
-"""Copied first, to see how fast that is."""
+"""Copied first where the rest may take too long, to see how fast that is."""
 
 
 def n_sequences(n_branches: int) -> int:
@@ -120,7 +120,7 @@ class KvCache:
         n_bytes = self._context.state_bytes(HAND) * (n - start) // n
         if n_bytes > _MOST_SHARE * host_memory()[0]:
             return None
-        if not self._rate:
+        if n_bytes >= _MOST_SECONDS * self._rate:  # not known yet, or slow the last time
             self._take(max(start, n - _PROBE_TOKENS))
         return self._take(start) if n_bytes < _MOST_SECONDS * self._rate else None
 
